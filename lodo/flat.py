@@ -1,0 +1,57 @@
+"""The parameters of a param group as one flat vector: the R^n that a preconditioner acts on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_parameters(params: Sequence[Tensor]) -> None:
+    """Refuses parameters that LODO cannot flatten: ValueError for sparse, complex or other dtypes and mixed devices."""
+    for p in params:
+        if p.layout != torch.strided:
+            raise ValueError(f"LODO does not support sparse parameters, got layout {p.layout}")
+        if p.dtype not in SUPPORTED:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
+            raise ValueError(f"LODO supports parameters of dtype {allowed}, got {p.dtype}")
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1:
+        raise ValueError(f"the parameters of one group must be on one device, got {devices}; make one group per device")
+
+
+class FlatParameters:
+    """Where each parameter of a group lies in the group's vector, and the copies to and from it."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        check_parameters(params)
+        self.size = sum(p.numel() for p in params)
+        self.device = params[0].device
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        self._made_for = [(p.dtype, p.shape) for p in params]
+
+    def fits(self, params: Sequence[Tensor]) -> bool:
+        """Whether the parameters are still what this was made for: number, dtypes, shapes, device."""
+        return len(params) == len(self._made_for) and all(
+            p.dtype == dtype and p.shape == shape and p.device == self.device
+            for p, (dtype, shape) in zip(params, self._made_for, strict=True)
+        )
+
+    def new_vector(self) -> Tensor:
+        """Zeros of shape (n,), in the network's dtype: float64 if a parameter is, else float32."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector, each shaped like its parameter."""
+        parts = vector.split([shape.numel() for _, shape in self._made_for])
+        return [part.view(shape) for part, (_, shape) in zip(parts, self._made_for, strict=True)]
+
+    @staticmethod
+    def gather(tensors: Sequence[Tensor | None], views: Sequence[Tensor]) -> None:
+        """Copies tensors into the parts of a vector; where there is none the part becomes zero."""
+        given = [(view, tensor) for view, tensor in zip(views, tensors, strict=True) if tensor is not None]
+        torch._foreach_copy_([view for view, _ in given], [tensor for _, tensor in given])
+        for view, tensor in zip(views, tensors, strict=True):
+            if tensor is None:
+                view.zero_()

@@ -1,0 +1,392 @@
+// CPU kernels of the block-diagonal x permutation network, U = B_N P_N ... B_1 P_1.
+//
+// Built at run time by native.py and called through ctypes: plain C entry points, no torch headers. reference.py is
+// the same arithmetic in torch and the ground truth for this file.
+//
+// Layouts (K = block size, W = number of blocks in a layer, D = K * W the padded dimension):
+//   theta, moments   (N, K_in, K_out, W): lane w of every row is block w, so that the inner loops run over contiguous
+//                    memory whatever K is.
+//   vectors          "canonical": component o of block w at w * K + o. "planar": the same component at o * W + w.
+//
+// The perfect shuffle is free. Written in planar order, the output of a layer is, byte for byte, the canonical order of
+// its shuffled self, which is what the next layer reads: P_l is a change of view and no data moves for it.
+//
+// No sum crosses a thread, so the results do not depend on the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int64_t kTileBytes = 16384; // of one tile (K rows of lanes): a thread's four fit the L2 cache and rows stay long enough to stream
+constexpr int64_t kMinPerThread = 1 << 14; // numbers of theta per layer that make a second thread worth waking
+
+template <typename T> struct Network {
+  T *theta, *exp_avg, *exp_avg_sq; // exp_avg null: inner SGD
+  const int32_t *permutations;     // (N, D) canonical, or null: the perfect shuffle
+  int64_t layers, block, width, size;
+  int64_t dim() const { return block * width; }
+  int64_t tile() const {
+    const int64_t lanes = kTileBytes / int64_t(sizeof(T)) / block;
+    return std::max<int64_t>(16, lanes / 16 * 16);
+  }
+  int64_t layer_numbers() const { return block * block * width; }
+};
+
+template <typename T> struct Rates { // see lodo/meta.py
+  T step_size, weight1, decay2, weight2, eps;
+};
+
+int team_size(int64_t layer_numbers, int threads) {
+#ifdef _OPENMP
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, layer_numbers / kMinPerThread)));
+#else
+  return 1;
+#endif
+}
+
+// Calls body(begin, lanes) for the tiles that fall to the calling thread of the team, then waits for the others.
+template <typename Body> void for_tiles(int64_t width, int64_t tile, const Body &body) {
+#ifdef _OPENMP
+  const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+#else
+  const int64_t id = 0, team = 1;
+#endif
+  const int64_t tiles = (width + tile - 1) / tile;
+  const int64_t last = std::min(width, (tiles * (id + 1) / team) * tile);
+  for (int64_t begin = (tiles * id / team) * tile; begin < last; begin += tile)
+    body(begin, std::min(tile, last - begin));
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// ---- between canonical memory and tiles of rows -------------------------------------------------------------------
+
+template <int K, typename T>
+void split_fixed(const T *__restrict canonical, T *__restrict rows, int64_t stride, int64_t lanes, T scale) {
+#pragma omp simd
+  for (int64_t t = 0; t < lanes; ++t)
+    for (int o = 0; o < K; ++o) rows[o * stride + t] = scale * canonical[t * K + o];
+}
+
+template <typename T>
+void split(const T *canonical, T *rows, int64_t block, int64_t stride, int64_t lanes, T scale = 1) {
+  switch (block) {
+  case 2: return split_fixed<2>(canonical, rows, stride, lanes, scale);
+  case 4: return split_fixed<4>(canonical, rows, stride, lanes, scale);
+  case 8: return split_fixed<8>(canonical, rows, stride, lanes, scale);
+  }
+  for (int64_t o = 0; o < block; ++o)
+    for (int64_t t = 0; t < lanes; ++t) rows[o * stride + t] = scale * canonical[t * block + o];
+}
+
+template <int K, typename T>
+void merge_fixed(const T *__restrict rows, T *__restrict canonical, int64_t stride, int64_t lanes) {
+#pragma omp simd
+  for (int64_t t = 0; t < lanes; ++t)
+    for (int o = 0; o < K; ++o) canonical[t * K + o] = rows[o * stride + t];
+}
+
+template <typename T> void merge(const T *rows, T *canonical, int64_t block, int64_t stride, int64_t lanes) {
+  switch (block) {
+  case 2: return merge_fixed<2>(rows, canonical, stride, lanes);
+  case 4: return merge_fixed<4>(rows, canonical, stride, lanes);
+  case 8: return merge_fixed<8>(rows, canonical, stride, lanes);
+  }
+  for (int64_t o = 0; o < block; ++o)
+    for (int64_t t = 0; t < lanes; ++t) canonical[t * block + o] = rows[o * stride + t];
+}
+
+// ---- one tile of one layer ----------------------------------------------------------------------------------------
+
+// y[o] = sum_i x[i] * B[i, o] (transposed = false), x[i] = sum_o B[i, o] * y[o] (transposed = true).
+template <typename T>
+void multiply(const T *theta, const Network<T> &net, int64_t begin, int64_t lanes, const T *from, int64_t from_stride,
+              T *to, int64_t to_stride, bool transposed) {
+  const int64_t K = net.block;
+  for (int64_t r = 0; r < K; ++r) {
+    T *__restrict out = to + r * to_stride;
+    for (int64_t s = 0; s < K; ++s) {
+      const T *__restrict b = theta + (transposed ? r * K + s : s * K + r) * net.width + begin;
+      const T *__restrict in = from + s * from_stride;
+      if (s == 0) {
+#pragma omp simd
+        for (int64_t t = 0; t < lanes; ++t) out[t] = b[t] * in[t];
+      } else {
+#pragma omp simd
+        for (int64_t t = 0; t < lanes; ++t) out[t] += b[t] * in[t];
+      }
+    }
+  }
+}
+
+// The same for two vectors at once, so that B is read once.
+template <typename T>
+void multiply_two(const T *theta, const Network<T> &net, int64_t begin, int64_t lanes, const T *from_a, const T *from_c,
+                  int64_t from_stride, T *to_a, T *to_c, int64_t to_stride) {
+  const int64_t K = net.block;
+  for (int64_t o = 0; o < K; ++o) {
+    T *__restrict ya = to_a + o * to_stride;
+    T *__restrict yc = to_c + o * to_stride;
+    for (int64_t i = 0; i < K; ++i) {
+      const T *__restrict b = theta + (i * K + o) * net.width + begin;
+      const T *__restrict a = from_a + i * from_stride;
+      const T *__restrict c = from_c + i * from_stride;
+      if (i == 0) {
+#pragma omp simd
+        for (int64_t t = 0; t < lanes; ++t) ya[t] = b[t] * a[t], yc[t] = b[t] * c[t];
+      } else {
+#pragma omp simd
+        for (int64_t t = 0; t < lanes; ++t) ya[t] += b[t] * a[t], yc[t] += b[t] * c[t];
+      }
+    }
+  }
+}
+
+// The heart of the step: per block, the hypergradient h = a d^T + c e^T, the inner update of B with it, and the
+// back-propagated d <- B d, e <- B e with the B from before the update, in one pass over B and its moments.
+template <typename T, bool kAdam>
+void learn_tile(const Network<T> &net, int64_t offset, const Rates<T> &rates, int64_t lanes, const T *a, const T *c,
+                int64_t ac_stride, const T *d, const T *e, int64_t de_stride, T *back_d, T *back_e,
+                int64_t back_stride) {
+  const int64_t K = net.block;
+  const Rates<T> r = rates;
+  for (int64_t i = 0; i < K; ++i) {
+    const T *__restrict ai = a + i * ac_stride;
+    const T *__restrict ci = c + i * ac_stride;
+    T *__restrict bd = back_d + i * back_stride;
+    T *__restrict be = back_e + i * back_stride;
+    for (int64_t t = 0; t < lanes; ++t) bd[t] = be[t] = 0;
+    for (int64_t o = 0; o < K; ++o) {
+      const T *__restrict dd = d + o * de_stride;
+      const T *__restrict ee = e + o * de_stride;
+      const int64_t row = offset + (i * K + o) * net.width;
+      T *__restrict b = net.theta + row;
+      if (kAdam) {
+        T *__restrict m = net.exp_avg + row;
+        T *__restrict v = net.exp_avg_sq + row;
+#pragma omp simd
+        for (int64_t t = 0; t < lanes; ++t) {
+          const T h = ai[t] * dd[t] + ci[t] * ee[t];
+          const T mt = m[t] + r.weight1 * (h - m[t]);
+          const T vt = r.decay2 * v[t] + r.weight2 * (h * h);
+          bd[t] += b[t] * dd[t];
+          be[t] += b[t] * ee[t];
+          b[t] -= r.step_size * mt / (std::sqrt(vt) + r.eps);
+          m[t] = mt;
+          v[t] = vt;
+        }
+      } else {
+#pragma omp simd
+        for (int64_t t = 0; t < lanes; ++t) {
+          const T h = ai[t] * dd[t] + ci[t] * ee[t];
+          bd[t] += b[t] * dd[t];
+          be[t] += b[t] * ee[t];
+          b[t] -= r.step_size * h;
+        }
+      }
+    }
+  }
+}
+
+// ---- perfect shuffle ----------------------------------------------------------------------------------------------
+
+// Zero-pads v and applies the first shuffle; `from_network` below is the transpose of the two.
+template <typename T> void into_network(const Network<T> &net, const T *v, T *to) {
+  const int64_t K = net.block;
+  for_tiles(net.width, net.tile(), [&](int64_t begin, int64_t lanes) {
+    const int64_t whole = std::max<int64_t>(0, std::min(lanes, net.size / K - begin));
+    split(v + begin * K, to + begin, K, net.width, whole);
+    for (int64_t w = begin + whole; w < begin + lanes; ++w)
+      for (int64_t o = 0; o < K; ++o) to[o * net.width + w] = w * K + o < net.size ? v[w * K + o] : T(0);
+  });
+}
+
+template <typename T> void from_network(const Network<T> &net, const T *from, T *v) {
+  const int64_t K = net.block;
+  for_tiles(net.width, net.tile(), [&](int64_t begin, int64_t lanes) {
+    const int64_t whole = std::max<int64_t>(0, std::min(lanes, net.size / K - begin));
+    merge(from + begin, v + begin * K, K, net.width, whole);
+    for (int64_t j = (begin + whole) * K; j < std::min(net.size, (begin + lanes) * K); ++j)
+      v[j] = from[j % K * net.width + j / K];
+  });
+}
+
+template <typename T> void matvec_shuffle(const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
+  const int64_t K = net.block, D = net.dim(), tile = net.tile();
+  T *x = work, *y = work + D;
+  into_network(net, v, x);
+  for (int64_t l = 0; l < net.layers; ++l, std::swap(x, y))
+    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+      split(x + begin * K, scratch, K, tile, lanes);
+      multiply(net.theta + l * net.layer_numbers(), net, begin, lanes, scratch, tile, y + begin, net.width, false);
+    });
+  for (int64_t l = net.layers; l-- > 0; std::swap(x, y))
+    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+      multiply(net.theta + l * net.layer_numbers(), net, begin, lanes, x + begin, net.width, scratch, tile, true);
+      merge(scratch, y + begin * K, K, tile, lanes);
+    });
+  from_network(net, x, out);
+}
+
+// work: one slot of two vectors for the input of each layer and one for the output of the last. Going back, the slot
+// of a layer's input takes that layer's back-propagated pair: the memory order is the one the layer below expects.
+template <typename T, bool kAdam>
+void learn_shuffle(const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
+                   T *scratch) {
+  const int64_t K = net.block, D = net.dim(), tile = net.tile(), area = K * tile;
+  T *a = scratch, *c = a + area, *back_d = c + area, *back_e = back_d + area;
+  into_network(net, g, work);
+  into_network(net, m, work + D);
+  for (int64_t l = 0; l < net.layers; ++l)
+    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+      T *x = work + 2 * D * l, *y = x + 2 * D;
+      split(x + begin * K, a, K, tile, lanes);
+      split(x + D + begin * K, c, K, tile, lanes);
+      multiply_two(net.theta + l * net.layer_numbers(), net, begin, lanes, a, c, tile, y + begin, y + D + begin,
+                   net.width);
+    });
+  for (int64_t l = net.layers; l-- > 0;)
+    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+      T *x = work + 2 * D * l, *y = x + 2 * D;
+      const bool top = l == net.layers - 1; // where d comes from U m and e from U g
+      split(x + begin * K, a, K, tile, lanes, minus_lr);
+      split(x + D + begin * K, c, K, tile, lanes, minus_lr);
+      learn_tile<T, kAdam>(net, l * net.layer_numbers() + begin, rates, lanes, a, c, tile, y + (top ? D : 0) + begin,
+                           y + (top ? 0 : D) + begin, net.width, back_d, back_e, tile);
+      if (l > 0) {
+        merge(back_d, x + begin * K, K, tile, lanes);
+        merge(back_e, x + D + begin * K, K, tile, lanes);
+      }
+    });
+}
+
+// ---- permutations given as indices --------------------------------------------------------------------------------
+// Two vectors travel as pairs (2 numbers side by side, canonical order), so that one random access moves both.
+
+template <typename T> void matvec_indexed(const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
+  const int64_t K = net.block, D = net.dim(), tile = net.tile();
+  T *x = work, *y = work + D, *rows_in = scratch, *rows_out = scratch + K * tile;
+  for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    for (int64_t j = begin * K; j < (begin + lanes) * K; ++j) x[j] = j < net.size ? v[j] : T(0);
+  });
+  for (int64_t l = 0; l < net.layers; ++l, std::swap(x, y))
+    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+      const int32_t *perm = net.permutations + l * D + begin * K;
+      for (int64_t t = 0; t < lanes; ++t)
+        for (int64_t i = 0; i < K; ++i) rows_in[i * tile + t] = x[perm[t * K + i]];
+      multiply(net.theta + l * net.layer_numbers(), net, begin, lanes, rows_in, tile, rows_out, tile, false);
+      merge(rows_out, y + begin * K, K, tile, lanes);
+    });
+  for (int64_t l = net.layers; l-- > 0; std::swap(x, y))
+    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+      const int32_t *perm = net.permutations + l * D + begin * K;
+      split(x + begin * K, rows_in, K, tile, lanes);
+      multiply(net.theta + l * net.layer_numbers(), net, begin, lanes, rows_in, tile, rows_out, tile, true);
+      for (int64_t t = 0; t < lanes; ++t)
+        for (int64_t i = 0; i < K; ++i) y[perm[t * K + i]] = rows_out[i * tile + t];
+    });
+  for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    for (int64_t j = begin * K; j < std::min(net.size, (begin + lanes) * K); ++j) out[j] = x[j];
+  });
+}
+
+// work: a planar slot of two vectors for the permuted input of each layer, then two buffers of pairs.
+template <typename T, bool kAdam>
+void learn_indexed(const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
+                   T *scratch) {
+  const int64_t K = net.block, W = net.width, D = net.dim(), tile = net.tile(), area = K * tile;
+  T *p = scratch, *q = p + area, *back_d = q + area, *back_e = back_d + area;
+  T *x = work + 2 * D * net.layers, *y = x + 2 * D;
+  for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+    for (int64_t j = begin * K; j < (begin + lanes) * K; ++j) {
+      x[2 * j] = j < net.size ? g[j] : T(0);
+      x[2 * j + 1] = j < net.size ? m[j] : T(0);
+    }
+  });
+  for (int64_t l = 0; l < net.layers; ++l, std::swap(x, y))
+    for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+      const int32_t *perm = net.permutations + l * D + begin * K;
+      T *a = work + 2 * D * l + begin, *c = a + D;
+      for (int64_t t = 0; t < lanes; ++t)
+        for (int64_t i = 0; i < K; ++i) {
+          const T *pair = x + 2 * int64_t(perm[t * K + i]);
+          a[i * W + t] = pair[0];
+          c[i * W + t] = pair[1];
+        }
+      multiply_two(net.theta + l * net.layer_numbers(), net, begin, lanes, a, c, W, p, q, tile);
+      for (int64_t t = 0; t < lanes; ++t)
+        for (int64_t o = 0; o < K; ++o) {
+          T *pair = y + 2 * ((begin + t) * K + o);
+          pair[0] = p[o * tile + t];
+          pair[1] = q[o * tile + t];
+        }
+    });
+  for (int64_t l = net.layers; l-- > 0; std::swap(x, y))
+    for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+      const int32_t *perm = net.permutations + l * D + begin * K;
+      const T *a = work + 2 * D * l + begin, *c = a + D;
+      const bool top = l == net.layers - 1; // where d comes from U m and e from U g
+      for (int64_t t = 0; t < lanes; ++t)
+        for (int64_t o = 0; o < K; ++o) {
+          const T *pair = x + 2 * ((begin + t) * K + o);
+          p[o * tile + t] = top ? minus_lr * pair[1] : pair[0];
+          q[o * tile + t] = top ? minus_lr * pair[0] : pair[1];
+        }
+      learn_tile<T, kAdam>(net, l * net.layer_numbers() + begin, rates, lanes, a, c, W, p, q, tile, back_d, back_e,
+                           tile);
+      if (l > 0)
+        for (int64_t t = 0; t < lanes; ++t)
+          for (int64_t i = 0; i < K; ++i) {
+            T *pair = y + 2 * int64_t(perm[t * K + i]);
+            pair[0] = back_d[i * tile + t];
+            pair[1] = back_e[i * tile + t];
+          }
+    });
+}
+
+template <typename T> void matvec(const Network<T> &net, const T *v, T *out, T *work, int threads) {
+  const int team = team_size(net.layer_numbers(), threads);
+#pragma omp parallel num_threads(team)
+  {
+    std::vector<T> scratch(2 * net.block * net.tile());
+    if (net.permutations) matvec_indexed(net, v, out, work, scratch.data());
+    else matvec_shuffle(net, v, out, work, scratch.data());
+  }
+}
+
+template <typename T, bool kAdam>
+void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &rates, T *work, int threads) {
+  const int team = team_size(net.layer_numbers(), threads);
+#pragma omp parallel num_threads(team)
+  {
+    std::vector<T> scratch(4 * net.block * net.tile());
+    if (net.permutations) learn_indexed<T, kAdam>(net, g, m, -lr, rates, work, scratch.data());
+    else learn_shuffle<T, kAdam>(net, g, m, -lr, rates, work, scratch.data());
+  }
+}
+
+} // namespace
+
+// shape: layers, block, width, size. work: 2 * D (matvec) or 2 * D * (layers + 2) numbers (learn).
+#define LODO_ENTRY_POINTS(T, SUFFIX)                                                                                   \
+  extern "C" void lodo_matvec_##SUFFIX(T *theta, const int32_t *permutations, const int64_t *shape, const T *v,        \
+                                       T *out, T *work, int threads) {                                                 \
+    matvec<T>({theta, nullptr, nullptr, permutations, shape[0], shape[1], shape[2], shape[3]}, v, out, work, threads); \
+  }                                                                                                                    \
+  extern "C" void lodo_learn_##SUFFIX(T *theta, T *exp_avg, T *exp_avg_sq, const int32_t *permutations,                \
+                                      const int64_t *shape, const T *g, const T *m, const T *lr, const T *rates,       \
+                                      T *work, int threads) {                                                          \
+    const Network<T> net{theta, exp_avg, exp_avg_sq, permutations, shape[0], shape[1], shape[2], shape[3]};            \
+    const Rates<T> r{rates[0], rates[1], rates[2], rates[3], rates[4]};                                                \
+    if (exp_avg) learn<T, true>(net, g, m, *lr, r, work, threads);                                                     \
+    else learn<T, false>(net, g, m, *lr, r, work, threads);                                                            \
+  }
+
+LODO_ENTRY_POINTS(float, f32)
+LODO_ENTRY_POINTS(double, f64)

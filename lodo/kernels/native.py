@@ -1,0 +1,156 @@
+"""The CPU kernels of block_permutation.cpp: built once per machine with the C++ compiler that is there, if one is.
+
+The library is cached under $XDG_CACHE_HOME/lodo (default ~/.cache/lodo), by source, compiler and processor. Without a
+compiler, on Windows, or with the environment variable LODO_NATIVE=0 the reference in torch does the work instead.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lodo import meta
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("block_permutation.cpp")
+BASE_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# Tried in this order. OpenMP resolves to the runtime that torch has loaded, so both share one pool of threads.
+EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+def available(theta: Tensor) -> bool:
+    """Whether the kernels take this network: on the CPU, float32 or float64, with a library that could be built."""
+    return theta.device.type == "cpu" and theta.dtype in SUFFIX and library() is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None where they cannot be had. LODO_NATIVE=0 is honoured at every call."""
+    return None if os.environ.get("LODO_NATIVE") == "0" else _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    compiler = _compiler()
+    if compiler is None:
+        log.info("no C++ compiler found: LODO runs its plain torch kernels")
+        return None
+    for extra in EXTRA_FLAGS:
+        try:
+            return ctypes.CDLL(str(_build(compiler, (*BASE_FLAGS, *extra))))
+        except (OSError, subprocess.SubprocessError) as error:
+            log.info("building the CPU kernels with %s failed: %s", extra, error)
+    return None
+
+
+def _compiler() -> str | None:
+    if sys.platform == "win32":
+        return None
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _build(compiler: str, flags: tuple[str, ...]) -> Path:
+    """Path of the library for this source, compiler and processor, compiled now if it is not in the cache."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    key = b"\0".join((SOURCE.read_bytes(), version, " ".join(flags).encode(), _processor().encode()))
+    path = _cache_folder() / f"{SOURCE.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
+    if not path.exists():
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+        os.close(handle)
+        try:
+            command = [compiler, *flags, "-o", temporary, str(SOURCE)]
+            subprocess.run(command, capture_output=True, check=True, timeout=300)
+            os.replace(temporary, path)  # whole or not at all, whoever else is building
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on, since a cache can be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part", "isa")
+    return platform.machine() + "".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lodo"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lodo-"))  # private to this process: nobody else can have put a library there
+
+
+def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor) -> Tensor:
+    """`reference.matvec` with scratch memory `work` of at least 2 n~ numbers."""
+    out = torch.empty_like(v)
+    function = getattr(library(), f"lodo_matvec_{SUFFIX[theta.dtype]}")
+    function(
+        _pointer(theta),
+        _pointer(permutations),
+        _shape(theta, v.numel()),
+        _pointer(v.contiguous()),
+        _pointer(out),
+        _pointer(work),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def learn_(
+    theta: Tensor,
+    moments: meta.Moments | None,
+    permutations: Tensor | None,
+    g: Tensor,
+    m: Tensor,
+    lr: Tensor,
+    rates: Tensor,
+    work: Tensor,
+) -> None:
+    """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers."""
+    exp_avg, exp_avg_sq = moments or (None, None)
+    function = getattr(library(), f"lodo_learn_{SUFFIX[theta.dtype]}")
+    function(
+        _pointer(theta),
+        _pointer(exp_avg),
+        _pointer(exp_avg_sq),
+        _pointer(permutations),
+        _shape(theta, g.numel()),
+        _pointer(g),
+        _pointer(m),
+        _pointer(lr),
+        _pointer(rates),
+        _pointer(work),
+        torch.get_num_threads(),
+    )
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        raise RuntimeError(f"the CPU kernels need contiguous memory, got strides {tensor.stride()}")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _shape(theta: Tensor, size: int) -> ctypes.Array[ctypes.c_int64]:
+    layers, block, _, width = theta.shape
+    return (ctypes.c_int64 * 4)(layers, block, width, size)

@@ -1,0 +1,327 @@
+"""The optimizer `lodo.LODO`: arguments, param groups, closure, the call of a step. No mathematics."""
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from lodo import meta, state
+from lodo.flat import check_parameters
+from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.step import judge, lodo_step
+
+
+class LODO(Optimizer):
+    r"""Quasi-Newton optimization with an inverse Hessian that is learned while it is used.
+
+    .. math::
+        \theta &\leftarrow \mathrm{Adam}(\theta, -\nabla_\theta \langle g, G(\theta) m \rangle) \\
+        m &\leftarrow \beta m + (1 - \beta) g \\
+        x &\leftarrow x - G(\theta) m, \qquad G(\theta) = \mathrm{lr} \cdot U(\theta)^T U(\theta)
+
+    (Liao, Dangovski, Foerster, Soljacic: "Learning to Optimize Quasi-Newton Methods", TMLR 2023, Algorithm 1.) One G
+    acts on each param group, flattened in order: one group is the paper's setting, several make G block-diagonal.
+
+    Args:
+        params: tensors, (name, tensor) pairs or dicts of param groups; float16, bfloat16, float32 or float64.
+        lr: scale of G at the start (the paper's alpha_0), a number >= 0 or a one-element tensor.
+        meta_lr: learning rate of the inner optimizer (alpha); 0 freezes G.
+        beta: decay of the momentum, an exponential moving average, in [0, 1).
+        weight_decay: decoupled, x <- (1 - lr * weight_decay) x, outside the hypergradient.
+        preconditioner: "block_permutation", "residual", "diagonal", "scalar", or a learned preconditioner, of which the
+            group starts with a copy.
+        depth: number of layers; None is 16 for "block_permutation", 64 for "residual".
+        block_size: k, side of the blocks ("block_permutation").
+        expansion: n~ / n >= 1, before n~ is rounded up to a multiple of k ("block_permutation", "residual").
+        permutation: "random", or "shuffle" for the perfect shuffle, which moves no data ("block_permutation").
+        meta_optimizer: "adam" or "sgd".
+        maximize: ascend instead of descend.
+        seed: of the initial network; gives the same numbers on every device.
+
+    Raises:
+        ValueError: for arguments out of range, naming argument, value and what is allowed; for sparse, complex or
+            integer parameters; for a param group on two devices.
+        RuntimeError: in `step`, for sparse gradients, before anything has changed.
+
+    Parameters without a gradient are not written and count as zero gradient. A step whose gradient holds a NaN or an
+    infinity changes nothing; see `skipped_steps`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        meta_lr: float = 1e-3,
+        beta: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        preconditioner: str | Preconditioner = "block_permutation",
+        depth: int | None = None,
+        block_size: int = 4,
+        expansion: float = 2,
+        permutation: str = "random",
+        meta_optimizer: str = "adam",
+        maximize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "meta_lr": meta_lr,
+            "beta": beta,
+            "weight_decay": weight_decay,
+            "preconditioner": preconditioner,
+            "depth": depth,
+            "block_size": block_size,
+            "expansion": expansion,
+            "permutation": permutation,
+            "meta_optimizer": meta_optimizer,
+            "maximize": maximize,
+            "seed": seed,
+        }
+        check_options(defaults)
+        self._live: dict[Tensor, state.GroupState] = {}
+        self._has_warned = False
+        super().__init__(params, defaults)
+        if isinstance(preconditioner, Preconditioner):
+            # Options stay plain numbers and strings; a group added later starts with the same architecture.
+            self.defaults.update(preconditioner.options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, during training too, with its own network. Its options default to the constructor's.
+
+        Raises:
+            TypeError, ValueError: as the constructor; the optimizer is as before then.
+        """
+        learned = None
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            check_options(options)
+            if isinstance(options["preconditioner"], Preconditioner):
+                learned = options["preconditioner"]
+                param_group = {**param_group, **learned.options}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_parameters(group["params"])
+            if learned is not None:
+                self._keep(group, state.start(group, learned))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def preconditioners(self) -> list[Preconditioner | None]:
+        """The learned preconditioner of each param group, None before the group's first step.
+
+        They are the optimizer's own and go on learning; `copy.deepcopy` one to keep it as it is.
+        """
+        return [
+            self._group_state(group).preconditioner if self._has_state(group) else None for group in self.param_groups
+        ]
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because of gradients with NaN or infinity (the largest count over the groups).
+
+        Reading it waits for the device.
+        """
+        counts = [self.state[group["params"][0]]["skipped"] for group in self.param_groups if self._has_state(group)]
+        return max((int(count) for count in counts), default=0)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes one step on the gradients in `.grad`; see `lodo.step.lodo_step`.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [group for group in self.param_groups if _has_gradients(group["params"])]
+        states = [self._group_state(group) for group in groups]
+        for group, live in zip(groups, states, strict=True):
+            live.flat.gather([p.grad for p in group["params"]], live.gradient_parts)
+            if group["maximize"]:
+                live.gradient.neg_()
+            _fill(live.lr, group["lr"])
+        for group, live, (sound, idle) in zip(groups, states, _judge_all(states), strict=True):
+            self._step_group(group, live, sound, idle)
+        if not self._has_warned and any([live.has_new_skips() for live in states]):
+            self._has_warned = True
+            warnings.warn(
+                "LODO skipped a step: a gradient holds NaN or infinity (or is so large that its hypergradient would "
+                "overflow). Nothing has changed; `skipped_steps` counts such steps. This warning is shown once.",
+                stacklevel=4,
+            )
+        return loss
+
+    def _step_group(self, group: dict[str, Any], live: state.GroupState, sound: Tensor, idle: Tensor) -> None:
+        with_moments = group["meta_optimizer"] == "adam" and group["meta_lr"] > 0
+        if with_moments and live.moments is None:
+            live.start_moments("adam")
+            live.publish(self.state, group["params"])
+        live.skipped.add_(~sound)
+        active = sound & ~idle
+        step = lodo_step(
+            live.gradient,
+            live.momentum,
+            live.preconditioner,
+            live.moments if with_moments else None,
+            live.meta_step,
+            live.last_lr,
+            live.lr,
+            active.to(live.meta_step.dtype),
+            beta=group["beta"],
+            meta_lr=group["meta_lr"],
+            meta_optimizer=group["meta_optimizer"],
+        )
+        params = group["params"]
+        if group["weight_decay"] != 0:
+            # Part of the one subtraction, so that a low-precision parameter is rounded once.
+            live.flat.gather(params, live.gradient_parts)
+            step.addcmul_(live.gradient, live.lr * group["weight_decay"] * active)
+        moved = [(p, part) for p, part in zip(params, live.flat.views(step), strict=True) if p.grad is not None]
+        torch._foreach_sub_([p for p, _ in moved], [part for _, part in moved])
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Loads a state dict, in its own precision: network and momentum are not cast to the parameters' dtype.
+
+        Raises:
+            ValueError: if the state is not LODO's, or of another preconditioner, shape or format; nothing has changed
+                then.
+        """
+        last = self.register_load_state_dict_pre_hook(_check_and_wrap)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        super().__setstate__(saved)
+        self._live = {}  # rebuilt from `self.state` when it is next needed
+        self._has_warned = False
+        state.unwrap(self.state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def _has_state(self, group: dict[str, Any]) -> bool:
+        params = group["params"]
+        return len(params) > 0 and params[0] in self.state and "theta" in self.state[params[0]]
+
+    def _group_state(self, group: dict[str, Any]) -> state.GroupState:
+        """The live state of a group: kept from the last step, or made from `self.state`, or started."""
+        params = group["params"]
+        live = self._live.get(params[0])
+        if live is not None and live.is_bound_to(self.state, params):
+            return live
+        return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
+
+    def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
+        live.publish(self.state, group["params"])
+        self._live[group["params"][0]] = live
+        return live
+
+
+def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | None:
+    """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
+    groups = optimizer.param_groups
+    lengths = [len(group["params"]) for group in groups]
+    if lengths != [len(group["params"]) for group in state_dict["param_groups"]]:
+        return None  # torch refuses this itself
+    state.check_saved(state_dict, groups)
+    for saved in state_dict["param_groups"]:
+        check_options({**optimizer.defaults, **saved})
+    return {**state_dict, "state": state.wrap(state_dict["state"])}
+
+
+def _has_gradients(params: Iterable[Tensor]) -> bool:
+    """Whether any parameter with elements has a gradient. Refuses sparse ones before anything has changed."""
+    found = False
+    for p in params:
+        if p.grad is not None:
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(f"LODO does not support sparse gradients, got layout {p.grad.layout}")
+            found = found or p.numel() > 0
+    return found
+
+
+def _judge_all(states: list[state.GroupState]) -> list[tuple[Tensor, Tensor]]:
+    """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not."""
+    verdicts = [judge(live.gradient, live.momentum, live.lr) for live in states]
+    on_device: dict[torch.device, Tensor] = {}
+    for live, (sound, _) in zip(states, verdicts, strict=True):
+        others = on_device.get(live.flat.device)
+        on_device[live.flat.device] = sound if others is None else others & sound
+    return [(on_device[live.flat.device], idle) for live, (_, idle) in zip(states, verdicts, strict=True)]
+
+
+def _fill(buffer: Tensor, lr: float | Tensor) -> None:
+    """Writes lr into a 0-dim buffer without reading it on the host."""
+    if isinstance(lr, Tensor):
+        buffer.copy_(lr.reshape(()))
+    else:
+        buffer.fill_(lr)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses options of a param group that are out of range.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        lr = float(lr) if lr.device.type == "cpu" else 0.0  # a value on an accelerator is not waited for
+    _check_number("lr", lr, 0, math.inf)
+    _check_number("meta_lr", options["meta_lr"], 0, math.inf)
+    _check_number("beta", options["beta"], 0, 1)
+    _check_number("weight_decay", options["weight_decay"], 0, math.inf)
+    _check_number("expansion", options["expansion"], 1, math.inf)
+    if not isinstance(options["preconditioner"], Preconditioner):
+        _check_choice("preconditioner", options["preconditioner"], tuple(BY_NAME))
+    _check_choice("permutation", options["permutation"], ("random", "shuffle"))
+    _check_choice("meta_optimizer", options["meta_optimizer"], meta.KINDS)
+    if options["depth"] is not None:
+        _check_integer("depth", options["depth"], 0)
+    _check_integer("block_size", options["block_size"], 1)
+    _check_integer("seed", options["seed"], 0)
+    if not isinstance(options["maximize"], bool):
+        raise ValueError(f"maximize must be a bool, got {options['maximize']!r}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not low <= value < high:
+        upper = "finite" if high == math.inf else f"< {high}"
+        raise ValueError(f"{name} must be a number >= {low} and {upper}, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
+        raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,11 @@
+"""The four preconditioners of the paper, by name."""
+
+from lodo.preconditioners.base import Preconditioner
+from lodo.preconditioners.block_permutation import BlockPermutation
+from lodo.preconditioners.diagonal import Diagonal
+from lodo.preconditioners.residual import Residual
+from lodo.preconditioners.scalar import Scalar
+
+BY_NAME: dict[str, type[Preconditioner]] = {cls.kind: cls for cls in (BlockPermutation, Residual, Diagonal, Scalar)}
+
+__all__ = ["BY_NAME", "BlockPermutation", "Diagonal", "Preconditioner", "Residual", "Scalar"]

@@ -1,0 +1,139 @@
+"""What a preconditioner is: a learned symmetric operator on R^n that stands in for the inverse Hessian."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lodo import meta
+
+
+class Preconditioner(ABC):
+    """A learned G / lr of shape (n, n): it starts, applies itself, learns from its hypergradient and shows itself dense.
+
+    `theta` holds everything that is learned, in the layout that the kernels like; the public attributes of the subclasses
+    give copies in the layout of the paper. `permutations_stored` holds fixed int32 indices where a subclass has any.
+    A preconditioner read from an optimizer is the optimizer's own and goes on learning: `copy.deepcopy` keeps a snapshot.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, theta: Tensor, permutations: Tensor | None, size: int) -> None:
+        """Wraps tensors in storage layout without a copy."""
+        self.theta = theta
+        self.permutations_stored = permutations
+        self.size = size
+
+    @classmethod
+    def wrap(cls, theta: Tensor, permutations: Tensor | None, size: int) -> Self:
+        """A preconditioner over stored tensors, which it shares."""
+        self = cls.__new__(cls)
+        Preconditioner.__init__(self, theta, permutations, size)
+        return self
+
+    @classmethod
+    @abstractmethod
+    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+        """The initial preconditioner on R^size that the options of a param group ask for."""
+
+    @classmethod
+    @abstractmethod
+    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+        """The shape of `theta` that `start` would give."""
+
+    @classmethod
+    def permutations_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, int] | None:
+        """The shape of `permutations_stored` that `start` would give, None if it stores no indices."""
+        return None
+
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The options of a param group that describe this preconditioner."""
+
+    @abstractmethod
+    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+        """One inner step of `theta` along h = -d/dtheta <g, G m>, with G = lr times this operator (Algorithm 1).
+
+        Args:
+            g, m: gradient and momentum, shape (n,), theta's dtype.
+            lr: 0-dim, the lr of the step that led to where `g` was taken.
+            moments: of the inner Adam, None for the inner SGD; updated in place.
+            rates: shape (5,), see `lodo.meta`.
+        """
+
+    @abstractmethod
+    def apply(self, v: Tensor) -> Tensor:
+        """The operator times v, for v of shape (n,), of theta's dtype and on its device. Returns new memory."""
+
+    @torch.no_grad()
+    def matvec(self, v: Tensor) -> Tensor:
+        """The operator (the optimizer's G is lr times it) times `v` of shape (n,), in theta's dtype.
+
+        Raises:
+            ValueError: if `v` is not of shape (n,).
+        """
+        if v.shape != (self.size,):
+            raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
+        return self.apply(v.detach().to(self.theta))
+
+    def to_dense(self) -> Tensor:
+        """The operator as an (n, n) matrix, one matvec per column: for small n."""
+        identity = torch.eye(self.size, dtype=self.theta.dtype, device=self.theta.device)
+        return torch.stack([self.matvec(column) for column in identity], dim=1)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Self:
+        """A copy with theta in `dtype`, on `device`."""
+        indices = self.permutations_stored
+        indices = None if indices is None else indices.to(device, copy=True)
+        return type(self).wrap(self.theta.to(device, dtype, copy=True), indices, self.size)
+
+    def __repr__(self) -> str:
+        described = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "preconditioner")
+        return f"{type(self).__name__}(size={self.size}{', ' if described else ''}{described}, {self.theta.dtype})"
+
+
+def as_theta(name: str, value: Any, dims: int) -> Tensor:
+    """A detached copy of a learned tensor that a user gives, checked: `dims` dimensions, float32 or float64."""
+    tensor = torch.as_tensor(value).detach().clone(memory_format=torch.contiguous_format)
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {tensor.dtype}")
+    return tensor
+
+
+def as_permutations(value: Any, layers: int, padded: int, device: torch.device) -> Tensor:
+    """A checked int32 copy of index permutations of shape (layers, padded)."""
+    tensor = torch.as_tensor(value).to(device)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"permutations must be integers, got {tensor.dtype}")
+    if tensor.shape != (layers, padded):
+        raise ValueError(f"permutations must have shape ({layers}, {padded}), got {tuple(tensor.shape)}")
+    if not torch.equal(tensor.sort(dim=1).values, torch.arange(padded, device=device).expand(layers, padded)):
+        raise ValueError(f"every row of permutations must hold each of 0 .. {padded - 1} once")
+    return tensor.to(torch.int32, copy=True)
+
+
+def random_permutations(layers: int, padded: int, generator: torch.Generator) -> Tensor:
+    """Uniformly random permutations, int32 of shape (layers, padded), on the CPU."""
+    if padded >= 2**31:
+        raise ValueError(f"random permutations reach 2**31 - 1 coordinates, got {padded}; use permutation='shuffle'")
+    rows = torch.empty(layers, padded, dtype=torch.int32)
+    for row in rows:
+        row.copy_(torch.randperm(padded, generator=generator))
+    return rows
+
+
+def check_size(size: Any, padded: int) -> int:
+    """`size` as an int, checked: 1 <= size <= padded."""
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= padded:
+        raise ValueError(f"size must be an int with 1 <= size <= {padded}, got {size!r}")
+    return size
+
+
+def padded_size(size: int, expansion: float, block: int) -> int:
+    """n~, the smallest multiple of `block` that is at least expansion * size."""
+    # A ratio n~ / n is a legal expansion and must give n~ back in spite of rounding.
+    return block * max(1, -int(-(expansion * size * (1 - 1e-12)) // block))

@@ -1,0 +1,42 @@
+"""LODO-Diagonal: G = lr * diag(w), w starting at 1 (paper, section 5.3 ablations)."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lodo import meta
+from lodo.preconditioners.base import Preconditioner, as_theta
+
+
+class Diagonal(Preconditioner):
+    """The operator diag(weight), for `weight` of shape (n,), float32 or float64. Not kept positive."""
+
+    kind = "diagonal"
+
+    def __init__(self, weight: Tensor) -> None:
+        weight = as_theta("weight", weight, dims=1)
+        super().__init__(weight, None, len(weight))
+
+    @classmethod
+    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+        return cls.wrap(torch.ones(size, dtype=dtype, device=device), None, size)
+
+    @classmethod
+    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+        return (size,)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"preconditioner": self.kind}
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of w, shape (n,)."""
+        return self.theta.clone()
+
+    def apply(self, v: Tensor) -> Tensor:
+        return self.theta * v
+
+    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+        meta.update_(self.theta, (g * m).mul_(-lr), moments, rates)

@@ -1,0 +1,131 @@
+"""LODO-Residuals: U = D A_N ... A_1 with elementwise residual layers A_l z = z + w_l * z[perm_l] (paper, ablations)."""
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lodo import meta
+from lodo.preconditioners.base import (
+    Preconditioner,
+    as_permutations,
+    as_theta,
+    check_size,
+    padded_size,
+    random_permutations,
+)
+
+DEFAULT_DEPTH = 64
+
+
+class Residual(Preconditioner):
+    """The operator E^T A_1^T .. A_N^T D A_N .. A_1 E: symmetric, and positive semi-definite while D >= 0.
+
+    Args:
+        diagonals: (N + 1, n~), float32 or float64: w_1 .. w_N, then D.
+        permutations: (N, n~), integers; every row a permutation.
+        size: n, at most n~.
+
+    Raises:
+        ValueError: for shapes, dtypes or values other than these.
+    """
+
+    kind = "residual"
+
+    def __init__(self, diagonals: Tensor, permutations: Tensor, size: int) -> None:
+        diagonals = as_theta("diagonals", diagonals, dims=2)
+        rows, padded = diagonals.shape
+        if rows == 0 or padded == 0:
+            raise ValueError(f"diagonals must have shape (N + 1, n~), got {tuple(diagonals.shape)}")
+        indices = as_permutations(permutations, rows - 1, padded, diagonals.device)
+        super().__init__(diagonals, indices, check_size(size, padded))
+
+    @classmethod
+    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+        """w_l ~ Normal(0, 1 / sqrt(N)), D = 1, random permutations, all from options["seed"]."""
+        rows, padded = cls.theta_shape(size, options)
+        generator = torch.Generator().manual_seed(options["seed"])
+        theta = torch.ones(rows, padded, dtype=dtype, device=device)
+        for row in theta[:-1]:
+            row.copy_(torch.randn(padded, dtype=torch.float64, generator=generator) / math.sqrt(rows - 1))
+        return cls.wrap(theta, random_permutations(rows - 1, padded, generator).to(device), size)
+
+    @classmethod
+    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+        depth = DEFAULT_DEPTH if options["depth"] is None else options["depth"]
+        return (depth + 1, padded_size(size, options["expansion"], 1))
+
+    @classmethod
+    def permutations_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, int] | None:
+        rows, padded = cls.theta_shape(size, options)
+        return (rows - 1, padded)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        rows, padded = self.theta.shape
+        return {"preconditioner": self.kind, "depth": rows - 1, "expansion": padded / self.size}
+
+    @property
+    def diagonals(self) -> Tensor:
+        """A copy of w_1 .. w_N and D, shape (N + 1, n~)."""
+        return self.theta.clone()
+
+    @property
+    def permutations(self) -> Tensor:
+        """A copy of the permutations, int64 of shape (N, n~)."""
+        return self._indices.to(torch.int64)
+
+    @property
+    def _indices(self) -> Tensor:
+        indices = self.permutations_stored
+        if indices is None:
+            raise RuntimeError("a residual preconditioner has lost its permutations")
+        return indices
+
+    def apply(self, v: Tensor) -> Tensor:
+        x = v.new_zeros(self.theta.shape[1])
+        x[: self.size] = v
+        for weight, index in zip(self.theta[:-1], self._indices, strict=True):
+            x.addcmul_(weight, x[index])
+        x.mul_(self.theta[-1])
+        for layer in reversed(range(len(self._indices))):
+            x.index_add_(0, self._indices[layer], self.theta[layer] * x)
+        return x[: self.size]
+
+    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+        """Back-propagation in stretches of about sqrt(N) layers, each run forward again from its kept first input, so
+        that the inputs of all N layers (twice theta's size) never exist together."""
+        layers = len(self._indices)
+        stretch = max(1, math.isqrt(layers))
+        pair = g.new_zeros(2, self.theta.shape[1])
+        pair[0, : self.size] = g
+        pair[1, : self.size] = m
+        kept = []
+        for layer in range(layers):
+            if layer % stretch == 0:
+                kept.append(pair.clone())
+            pair.addcmul_(self.theta[layer], pair[:, self._indices[layer]])
+        h = (pair[0] * pair[1]).mul_(-lr)
+        back = pair.flip(0).mul_(self.theta[-1]).mul_(-lr)  # the vectors that meet g's side and m's side
+        self._update(layers, h, moments, rates)
+        for begin in reversed(range(0, layers, stretch)):
+            back = self._learn_stretch(range(begin, min(begin + stretch, layers)), kept.pop(), back, moments, rates)
+
+    def _learn_stretch(
+        self, layers: range, pair: Tensor, back: Tensor, moments: meta.Moments | None, rates: Tensor
+    ) -> Tensor:
+        """Updates w of these layers from their first input and the vectors above them; returns those below."""
+        gathered = []
+        for layer in layers:
+            gathered.append(pair[:, self._indices[layer]])
+            pair.addcmul_(self.theta[layer], gathered[-1])
+        for layer in reversed(layers):
+            h = gathered.pop().mul_(back).sum(0)
+            back.index_add_(1, self._indices[layer], self.theta[layer] * back)
+            self._update(layer, h, moments, rates)
+        return back
+
+    def _update(self, row: int, h: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+        slices = None if moments is None else (moments[0][row], moments[1][row])
+        meta.update_(self.theta[row], h, slices, rates)

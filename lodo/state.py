@@ -1,0 +1,216 @@
+"""What LODO keeps between steps, how it lies in `optimizer.state`, and how saved states are checked and read.
+
+Per parameter: "momentum", shaped like it. On the first parameter of a group, for the whole group: "theta" and, where it
+has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and "meta_step" of the inner
+Adam; "last_lr"; "skipped" (steps left out for bad gradients); "format" of this layout. Network and momentum are float32,
+or float64 for groups with float64 parameters.
+
+torch's `Optimizer.load_state_dict` casts state to the dtype of the parameter, which would round a float32 network to
+bfloat16 and ruin indices. Saved tensors therefore travel through it inside `AsSaved`, which it does not look into.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lodo import meta
+from lodo.flat import FlatParameters
+from lodo.preconditioners import BY_NAME, Preconditioner
+
+FORMAT = 1
+GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
+MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
+
+State = dict[Any, dict[str, Any]]
+
+
+@dataclass
+class GroupState:
+    """The live state of one param group. Its tensors are the ones in `optimizer.state`."""
+
+    flat: FlatParameters
+    preconditioner: Preconditioner
+    moments: meta.Moments | None
+    momentum: Tensor
+    momentum_parts: list[Tensor]
+    meta_step: Tensor
+    last_lr: Tensor
+    skipped: Tensor
+    # Kept between steps to save allocations.
+    gradient: Tensor = field(init=False)
+    gradient_parts: list[Tensor] = field(init=False)
+    lr: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gradient = self.flat.new_vector()
+        self.gradient_parts = self.flat.views(self.gradient)
+        self.lr = torch.zeros_like(self.last_lr)
+        pinned = self.flat.device.type == "cuda"
+        self._mailbox = torch.empty((), dtype=torch.int64, pin_memory=pinned).copy_(self.skipped)
+        self._skips_on_host = self._mailbox.numpy()
+        self._skips_before = int(self._skips_on_host)
+
+    def has_new_skips(self) -> bool:
+        """Whether steps were skipped since this state was made. On CUDA the count comes in by itself, some steps late: the
+        host reads what has arrived and waits for nothing."""
+        self._mailbox.copy_(self.skipped, non_blocking=True)
+        return bool(self._skips_on_host > self._skips_before)
+
+    def is_bound_to(self, state: State, params: list[Tensor]) -> bool:
+        """Whether `state` still holds these very tensors and the parameters have not been cast or moved."""
+        held = state[params[0]].get("theta") is self.preconditioner.theta and self.flat.fits(params)
+        return held and all(
+            state[p].get("momentum") is part for p, part in zip(params, self.momentum_parts, strict=True)
+        )
+
+    def start_moments(self, kind: str) -> None:
+        self.moments = meta.start_moments(kind, self.preconditioner.theta)
+
+    def publish(self, state: State, params: list[Tensor]) -> None:
+        """Puts the tensors into `optimizer.state`."""
+        for p, part in zip(params, self.momentum_parts, strict=True):
+            state[p]["momentum"] = part
+        entry = state[params[0]]
+        entry.update(
+            format=FORMAT,
+            theta=self.preconditioner.theta,
+            meta_step=self.meta_step,
+            last_lr=self.last_lr,
+            skipped=self.skipped,
+        )
+        if self.preconditioner.permutations_stored is not None:
+            entry["permutations"] = self.preconditioner.permutations_stored
+        if self.moments is not None:
+            entry.update(zip(MOMENT_KEYS, self.moments, strict=True))
+
+
+def start(group: dict[str, Any], learned: Preconditioner | None = None) -> GroupState:
+    """Fresh state for a group: its options' initial preconditioner, or a copy of a learned one.
+
+    Raises:
+        ValueError: if the learned one acts on another number of parameters.
+    """
+    flat = FlatParameters(group["params"])
+    if learned is None:
+        preconditioner = BY_NAME[group["preconditioner"]].start(flat.size, group, flat.dtype, flat.device)
+    elif learned.size == flat.size:
+        preconditioner = learned.to(flat.dtype, flat.device)
+    else:
+        raise ValueError(
+            f"preconditioner was learned for {learned.size} parameters, but its param group holds {flat.size}"
+        )
+    momentum = flat.new_vector()
+    meta_step = momentum.new_zeros((), dtype=torch.float32 if flat.device.type == "mps" else torch.float64)
+    last_lr, skipped = momentum.new_zeros(()), momentum.new_zeros((), dtype=torch.int64)
+    return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), meta_step, last_lr, skipped)
+
+
+def bind(group: dict[str, Any], state: State) -> GroupState:
+    """Live state over what `state` holds for a group, moved and cast where the parameters have been.
+
+    A change between float32 and float64 parameters converts network and momentum accordingly.
+    """
+    params = group["params"]
+    flat = FlatParameters(params)
+    entry = state[params[0]]
+    momentum = flat.new_vector()
+    parts = flat.views(momentum)
+    flat.gather([state[p]["momentum"] for p in params], parts)
+
+    def here(name: str, dtype: torch.dtype | None = None) -> Any:
+        value = entry.get(name)
+        return None if value is None else value.to(flat.device, dtype).contiguous()
+
+    theta = here("theta", flat.dtype)
+    preconditioner = BY_NAME[group["preconditioner"]].wrap(theta, here("permutations"), flat.size)
+    moments = (
+        None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0], flat.dtype), here(MOMENT_KEYS[1], flat.dtype))
+    )
+    meta_step, last_lr, skipped = here("meta_step"), here("last_lr", flat.dtype), here("skipped")
+    return GroupState(flat, preconditioner, moments, momentum, parts, meta_step, last_lr, skipped)
+
+
+class AsSaved:
+    """A saved tensor on its way past the cast in `Optimizer.load_state_dict`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def wrap(state: State) -> State:
+    return {
+        key: {name: AsSaved(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+        for key, entry in state.items()
+    }
+
+
+def unwrap(state: State) -> None:
+    """Replaces every `AsSaved` by a copy of its tensor, in its saved dtype, on its parameter's device."""
+    for p, entry in state.items():
+        for name, value in entry.items():
+            if isinstance(value, AsSaved):
+                entry[name] = value.tensor.detach().to(p.device, copy=True)
+
+
+def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Refuses a state dict that these groups cannot go on from, before anything has changed.
+
+    Raises:
+        ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, is of a
+            newer format, or is of another preconditioner or shape.
+    """
+    for index, (saved_group, group) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        kind = saved_group.get("preconditioner", group["preconditioner"])
+        if kind != group["preconditioner"]:
+            raise ValueError(
+                f"param group {index}: the saved state is of preconditioner {kind!r}, this optimizer's is "
+                f"{group['preconditioner']!r}"
+            )
+        entries = [saved["state"].get(key, {}) for key in saved_group["params"]]
+        if any(entries):
+            _check_group(f"param group {index}", entries, group)
+
+
+def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    first, params = entries[0], group["params"]
+    if missing := [name for name in GROUP_KEYS if name not in first]:
+        raise ValueError(f"{where}: not a state of LODO, or an incomplete one: {', '.join(missing)} missing")
+    if first["format"] != FORMAT:
+        raise ValueError(
+            f"{where}: the state has format {first['format']!r}, this version of lodo reads format {FORMAT}; load it with "
+            "the version of lodo that wrote it"
+        )
+    for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
+        _check_shape(f"{where}, parameter {number}: momentum", entry.get("momentum"), tuple(p.shape))
+    size = sum(p.numel() for p in params)
+    shape = BY_NAME[group["preconditioner"]].theta_shape(size, group)
+    _check_shape(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape)
+    for name in MOMENT_KEYS:
+        if name in first:
+            _check_shape(f"{where}: {name}", first[name], shape)
+    for name in ("meta_step", "last_lr", "skipped"):
+        _check_shape(f"{where}: {name}", first[name], ())
+    _check_permutations(where, first.get("permutations"), size, group)
+
+
+def _check_shape(what: str, value: Any, shape: tuple[int, ...]) -> None:
+    found = tuple(value.shape) if isinstance(value, Tensor) else value
+    if found != shape:
+        raise ValueError(f"{what} has shape {found} in the saved state, this optimizer expects {shape}")
+
+
+def _check_permutations(where: str, value: Any, size: int, group: dict[str, Any]) -> None:
+    """The kernels trust the indices, so ones that lead out of the vector must not get in."""
+    shape = BY_NAME[group["preconditioner"]].permutations_shape(size, group)
+    if (value is None) != (shape is None):
+        saved = "without indices (the shuffle)" if value is None else "with index permutations"
+        raise ValueError(
+            f"{where}: the saved network is {saved}, this optimizer has permutation={group['permutation']!r}"
+        )
+    if shape is None:
+        return
+    _check_shape(f"{where}: permutations", value, shape)
+    if value.dtype != torch.int32 or (value.numel() and not 0 <= value.min() <= value.max() < shape[1]):
+        raise ValueError(f"{where}: permutations must be int32 from 0 to {shape[1] - 1} in the saved state")
