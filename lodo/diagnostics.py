@@ -17,7 +17,8 @@ def hessian_error(
     samples: int = 100,
     generator: torch.Generator | None = None,
 ) -> float:
-    """How far G is from the inverse of the Hessian H: ||I - G H||_F / sqrt(n), G = lr * preconditioner (paper, section 5.1).
+    """How far G is from the inverse of the Hessian H: ||I - G H||_F / sqrt(n), G = lr * preconditioner (paper,
+    section 5.1).
 
     Estimated as sqrt(mean ||v - G H v||^2) over random unit vectors v.
 

@@ -7,10 +7,12 @@ Adam in the authors' form (paper, Algorithm 1 and Appendix; betas 0.9 and 0.999,
 
 or plain SGD (the ablation LODO-SGD): theta <- theta - meta_lr * h.
 
-The numbers that one step needs are gathered in a small tensor, the `rates`, so that they stay on the device: entries are
-(step_size, 1 - b1, b2, 1 - b2, eps). An inactive step has the rates (0, 0, 1, 0, eps), which leave theta, M and V as they
-are, bit for bit.
+The numbers that one step needs are gathered in a small tensor, the `rates`, so that they stay on the device:
+entries are (step_size, 1 - b1, b2, 1 - b2, eps). An inactive step has the rates (0, 0, 1, 0, eps), which leave
+theta, M and V as they are, bit for bit.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -30,16 +32,26 @@ def start_moments(kind: str, theta: Tensor) -> Moments | None:
     return (torch.zeros_like(theta), torch.zeros_like(theta)) if kind == "adam" else None
 
 
+@functools.cache
+def _constants(device: torch.device, dtype: torch.dtype, count_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The betas, and the rates of an active step (but for the step size) and of an inactive one."""
+    betas = torch.tensor([BETA1, BETA2], dtype=count_dtype, device=device)
+    active = torch.tensor([1.0, 1 - BETA1, BETA2, 1 - BETA2, EPS], dtype=dtype, device=device)
+    inactive = torch.tensor([0.0, 0.0, 1.0, 0.0, EPS], dtype=dtype, device=device)
+    return betas, active, inactive
+
+
 def next_rates(kind: str, meta_lr: float, count: Tensor, active: Tensor, dtype: torch.dtype) -> Tensor:
-    """Advances `count` (0-dim, the t above) if `active` (0-dim, 0 or 1, same dtype) and returns the rates, shape (5,)."""
+    """Advances `count`, the t above, if `active` (0-dim bool), and returns the rates, shape (5,), in `dtype`."""
+    betas, when_active, when_inactive = _constants(count.device, dtype, count.dtype)
+    count.add_(active)
+    rates = torch.where(active, when_active, when_inactive)
     if kind == "sgd":
-        step_size = active * meta_lr
+        rates[0].mul_(meta_lr)
     else:
-        count.add_(active)
-        t = count.clamp(min=1.0)  # an inactive first step would divide 0 by 0
-        step_size = active * meta_lr * (1 - BETA2**t).sqrt() / (1 - BETA1**t)
-    forget1, forget2 = active * (1 - BETA1), active * (1 - BETA2)
-    return torch.stack((step_size, forget1, 1 - forget2, forget2, torch.full_like(active, EPS))).to(dtype)
+        first, second = (1 - betas ** count.clamp(min=1)).unbind()  # clamp: an inactive first step divides no 0 by 0
+        rates[0].mul_(meta_lr * second.sqrt_().div_(first))
+    return rates
 
 
 def update_(theta: Tensor, h: Tensor, moments: Moments | None, rates: Tensor) -> None:

@@ -139,7 +139,7 @@ class LODO(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step on the gradients in `.grad`; see `lodo.step.lodo_step`.
@@ -163,7 +163,7 @@ class LODO(Optimizer):
             _fill(live.lr, group["lr"])
         for group, live, (sound, idle) in zip(groups, states, _judge_all(states), strict=True):
             self._step_group(group, live, sound, idle)
-        if not self._has_warned and any([live.has_new_skips() for live in states]):
+        if not self._has_warned and any(live.has_new_skips() for live in states):
             self._has_warned = True
             warnings.warn(
                 "LODO skipped a step: a gradient holds NaN or infinity (or is so large that its hypergradient would "
@@ -187,7 +187,7 @@ class LODO(Optimizer):
             live.meta_step,
             live.last_lr,
             live.lr,
-            active.to(live.meta_step.dtype),
+            active,
             beta=group["beta"],
             meta_lr=group["meta_lr"],
             meta_optimizer=group["meta_optimizer"],
@@ -200,7 +200,7 @@ class LODO(Optimizer):
         moved = [(p, part) for p, part in zip(params, live.flat.views(step), strict=True) if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moved], [part for _, part in moved])
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state dict, in its own precision: network and momentum are not cast to the parameters' dtype.
 
@@ -266,7 +266,7 @@ def _has_gradients(params: Iterable[Tensor]) -> bool:
 
 def _judge_all(states: list[state.GroupState]) -> list[tuple[Tensor, Tensor]]:
     """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not."""
-    verdicts = [judge(live.gradient, live.momentum, live.lr) for live in states]
+    verdicts = [judge(live.gradient, live.lr) for live in states]
     on_device: dict[torch.device, Tensor] = {}
     for live, (sound, _) in zip(states, verdicts, strict=True):
         others = on_device.get(live.flat.device)

@@ -1,9 +1,9 @@
 """What LODO keeps between steps, how it lies in `optimizer.state`, and how saved states are checked and read.
 
-Per parameter: "momentum", shaped like it. On the first parameter of a group, for the whole group: "theta" and, where it
-has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and "meta_step" of the inner
-Adam; "last_lr"; "skipped" (steps left out for bad gradients); "format" of this layout. Network and momentum are float32,
-or float64 for groups with float64 parameters.
+Per parameter: "momentum", shaped like it. On the first parameter of a group, for the whole group: "theta" and,
+where it has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and
+"meta_step" of the inner Adam; "last_lr"; "skipped" (steps left out for bad gradients); "format" of this layout.
+Network and momentum are float32, or float64 for groups with float64 parameters.
 
 torch's `Optimizer.load_state_dict` casts state to the dtype of the parameter, which would round a float32 network to
 bfloat16 and ruin indices. Saved tensors therefore travel through it inside `AsSaved`, which it does not look into.
@@ -53,8 +53,10 @@ class GroupState:
         self._skips_before = int(self._skips_on_host)
 
     def has_new_skips(self) -> bool:
-        """Whether steps were skipped since this state was made. On CUDA the count comes in by itself, some steps late: the
-        host reads what has arrived and waits for nothing."""
+        """Whether steps were skipped since this state was made.
+
+        On CUDA the count comes in by itself, some steps late: the host reads what has arrived and never waits.
+        """
         self._mailbox.copy_(self.skipped, non_blocking=True)
         return bool(self._skips_on_host > self._skips_before)
 
@@ -158,8 +160,8 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Refuses a state dict that these groups cannot go on from, before anything has changed.
 
     Raises:
-        ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, is of a
-            newer format, or is of another preconditioner or shape.
+        ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, or
+            is of another format, preconditioner or shape.
     """
     for index, (saved_group, group) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         kind = saved_group.get("preconditioner", group["preconditioner"])
@@ -179,8 +181,8 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
         raise ValueError(f"{where}: not a state of LODO, or an incomplete one: {', '.join(missing)} missing")
     if first["format"] != FORMAT:
         raise ValueError(
-            f"{where}: the state has format {first['format']!r}, this version of lodo reads format {FORMAT}; load it with "
-            "the version of lodo that wrote it"
+            f"{where}: the state has format {first['format']!r}, this version of lodo reads format {FORMAT}; load it "
+            "with the version of lodo that wrote it"
         )
     for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
         _check_shape(f"{where}, parameter {number}: momentum", entry.get("momentum"), tuple(p.shape))

@@ -1,8 +1,9 @@
-"""Algorithm 1 of the paper (Liao et al., "Learning to Optimize Quasi-Newton Methods", TMLR 2023): the page to read first.
+"""Algorithm 1 (Liao et al., "Learning to Optimize Quasi-Newton Methods", TMLR 2023): the page to read first.
 
-LODO keeps a learned operator G(theta) = lr * U^T U in place of the inverse Hessian and tunes theta while it optimizes. Its
-loop is cut here where the user's backward pass ends: the loss after one step is the loss before the next, so the gradient
-g that a step is called with also judges the step before, and one ordinary backward pass per step is enough.
+LODO keeps a learned operator G(theta) = lr * U^T U in place of the inverse Hessian and tunes theta while it
+optimizes. Its loop is cut here where the user's backward pass ends: the loss after one step is the loss before the
+next, so the gradient g that a step is called with also judges the step before, and one ordinary backward pass per
+step is enough.
 
     1  h = d f(x_t) / d theta = - d/d theta <g, G(theta) m>       with the m and the lr of the last step
     2  theta <- InnerOptimizer(theta, h)
@@ -35,7 +36,7 @@ def lodo_step(
 ) -> Tensor:
     """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
 
-    All of `m`, the preconditioner's theta, `moments`, `count` and `last_lr` are advanced in place. With `active` zero
+    All of `m`, the preconditioner's theta, `moments`, `count` and `last_lr` are advanced in place. With `active` False
     none of them changes and the returned step is zero; no value is read back to the host to decide that.
 
     Args:
@@ -45,26 +46,27 @@ def lodo_step(
         count: 0-dim, inner steps taken. The first one counts although h = 0 there.
         last_lr: 0-dim, lr of the last step.
         lr: 0-dim, lr of this step.
-        active: 0-dim, 0 or 1, in count's dtype.
+        active: 0-dim bool.
         beta, meta_lr, meta_optimizer: as for `lodo.LODO`; meta_lr 0 leaves theta and its inner optimizer alone.
     """
-    inactive = active == 0
+    inactive = ~active
+    one_or_zero = active.to(m.dtype)
     g.masked_fill_(inactive, 0)  # so that no NaN meets a zero weight below
     if meta_lr > 0:
         rates = meta.next_rates(meta_optimizer, meta_lr, count, active, g.dtype)
         preconditioner.learn_(g, m, last_lr, moments, rates)
-    m.lerp_(g, (active * (1 - beta)).to(m.dtype))
-    last_lr.copy_(torch.where(inactive, last_lr, lr))
+    m.lerp_(g, one_or_zero * (1 - beta))
+    last_lr.lerp_(lr, one_or_zero)
     return preconditioner.apply(m).mul_(lr).masked_fill_(inactive, 0)
 
 
-def judge(g: Tensor, m: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+def judge(g: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
     """Two 0-dim bools about a gradient that a step is called with: is it sound, is the call idle.
 
-    Sound: all finite, and not so large that the square of a hypergradient of its size would overflow, which would stay in
-    the inner Adam's second moment for good. Idle: zero, with lr = 0, which is how distributed checkpointing makes an
+    Sound: all finite, and not so large that the square of a hypergradient of its size would overflow, which would stay
+    in the inner Adam's second moment for good. Idle: zero, with lr = 0, which is how distributed checkpointing makes an
     optimizer create its state; such a call must change nothing.
     """
     size = torch.linalg.vector_norm(g, ord=torch.inf)
-    product = lr * size * torch.maximum(size, torch.linalg.vector_norm(m, ord=torch.inf))
-    return torch.isfinite(size) & torch.isfinite(product * product), (size == 0) & (lr == 0)
+    product = size * size * lr
+    return product * product < torch.inf, size + lr == 0

@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
+#include <memory>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -354,9 +354,9 @@ template <typename T> void matvec(const Network<T> &net, const T *v, T *out, T *
   const int team = team_size(net.layer_numbers(), threads);
 #pragma omp parallel num_threads(team)
   {
-    std::vector<T> scratch(2 * net.block * net.tile());
-    if (net.permutations) matvec_indexed(net, v, out, work, scratch.data());
-    else matvec_shuffle(net, v, out, work, scratch.data());
+    std::unique_ptr<T[]> scratch(new T[2 * net.block * net.tile()]);
+    if (net.permutations) matvec_indexed(net, v, out, work, scratch.get());
+    else matvec_shuffle(net, v, out, work, scratch.get());
   }
 }
 
@@ -365,24 +365,24 @@ void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &
   const int team = team_size(net.layer_numbers(), threads);
 #pragma omp parallel num_threads(team)
   {
-    std::vector<T> scratch(4 * net.block * net.tile());
-    if (net.permutations) learn_indexed<T, kAdam>(net, g, m, -lr, rates, work, scratch.data());
-    else learn_shuffle<T, kAdam>(net, g, m, -lr, rates, work, scratch.data());
+    std::unique_ptr<T[]> scratch(new T[4 * net.block * net.tile()]);
+    if (net.permutations) learn_indexed<T, kAdam>(net, g, m, -lr, rates, work, scratch.get());
+    else learn_shuffle<T, kAdam>(net, g, m, -lr, rates, work, scratch.get());
   }
 }
 
 } // namespace
 
-// shape: layers, block, width, size. work: 2 * D (matvec) or 2 * D * (layers + 2) numbers (learn).
+// work: 2 * D (matvec) or 2 * D * (layers + 2) numbers (learn).
 #define LODO_ENTRY_POINTS(T, SUFFIX)                                                                                   \
-  extern "C" void lodo_matvec_##SUFFIX(T *theta, const int32_t *permutations, const int64_t *shape, const T *v,        \
-                                       T *out, T *work, int threads) {                                                 \
-    matvec<T>({theta, nullptr, nullptr, permutations, shape[0], shape[1], shape[2], shape[3]}, v, out, work, threads); \
+  extern "C" void lodo_matvec_##SUFFIX(T *theta, const int32_t *permutations, const T *v, T *out, T *work,             \
+                                       int64_t layers, int64_t block, int64_t width, int64_t size, int threads) {      \
+    matvec<T>({theta, nullptr, nullptr, permutations, layers, block, width, size}, v, out, work, threads);             \
   }                                                                                                                    \
-  extern "C" void lodo_learn_##SUFFIX(T *theta, T *exp_avg, T *exp_avg_sq, const int32_t *permutations,                \
-                                      const int64_t *shape, const T *g, const T *m, const T *lr, const T *rates,       \
-                                      T *work, int threads) {                                                          \
-    const Network<T> net{theta, exp_avg, exp_avg_sq, permutations, shape[0], shape[1], shape[2], shape[3]};            \
+  extern "C" void lodo_learn_##SUFFIX(T *theta, T *exp_avg, T *exp_avg_sq, const int32_t *permutations, const T *g,    \
+                                      const T *m, const T *lr, const T *rates, T *work, int64_t layers, int64_t block, \
+                                      int64_t width, int64_t size, int threads) {                                      \
+    const Network<T> net{theta, exp_avg, exp_avg_sq, permutations, layers, block, width, size};                        \
     const Rates<T> r{rates[0], rates[1], rates[2], rates[3], rates[4]};                                                \
     if (exp_avg) learn<T, true>(net, g, m, *lr, r, work, threads);                                                     \
     else learn<T, false>(net, g, m, *lr, r, work, threads);                                                            \

@@ -48,10 +48,20 @@ def _load() -> ctypes.CDLL | None:
         return None
     for extra in EXTRA_FLAGS:
         try:
-            return ctypes.CDLL(str(_build(compiler, (*BASE_FLAGS, *extra))))
+            return _declare(ctypes.CDLL(str(_build(compiler, (*BASE_FLAGS, *extra)))))
         except (OSError, subprocess.SubprocessError) as error:
             log.info("building the CPU kernels with %s failed: %s", extra, error)
     return None
+
+
+def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Tells ctypes the arguments: pointers, then layers, block, width and size, then the number of threads."""
+    for name, pointers in (("matvec", 5), ("learn", 9)):
+        for suffix in SUFFIX.values():
+            function = getattr(loaded, f"lodo_{name}_{suffix}")
+            function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 4 + [ctypes.c_int]
+            function.restype = None
+    return loaded
 
 
 def _compiler() -> str | None:
@@ -101,17 +111,9 @@ def _cache_folder() -> Path:
 
 def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor) -> Tensor:
     """`reference.matvec` with scratch memory `work` of at least 2 n~ numbers."""
+    v = v.contiguous()
     out = torch.empty_like(v)
-    function = getattr(library(), f"lodo_matvec_{SUFFIX[theta.dtype]}")
-    function(
-        _pointer(theta),
-        _pointer(permutations),
-        _shape(theta, v.numel()),
-        _pointer(v.contiguous()),
-        _pointer(out),
-        _pointer(work),
-        torch.get_num_threads(),
-    )
+    _call("matvec", theta, v.numel(), theta, permutations, v, out, work)
     return out
 
 
@@ -127,30 +129,12 @@ def learn_(
 ) -> None:
     """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers."""
     exp_avg, exp_avg_sq = moments or (None, None)
-    function = getattr(library(), f"lodo_learn_{SUFFIX[theta.dtype]}")
-    function(
-        _pointer(theta),
-        _pointer(exp_avg),
-        _pointer(exp_avg_sq),
-        _pointer(permutations),
-        _shape(theta, g.numel()),
-        _pointer(g),
-        _pointer(m),
-        _pointer(lr),
-        _pointer(rates),
-        _pointer(work),
-        torch.get_num_threads(),
-    )
+    _call("learn", theta, g.numel(), theta, exp_avg, exp_avg_sq, permutations, g, m, lr, rates, work)
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    if tensor is None:
-        return None
-    if not tensor.is_contiguous():
-        raise RuntimeError(f"the CPU kernels need contiguous memory, got strides {tensor.stride()}")
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _shape(theta: Tensor, size: int) -> ctypes.Array[ctypes.c_int64]:
+def _call(name: str, theta: Tensor, size: int, *tensors: Tensor | None) -> None:
+    """Calls an entry point for theta's dtype with contiguous tensors, the network's shape and the number of threads."""
     layers, block, _, width = theta.shape
-    return (ctypes.c_int64 * 4)(layers, block, width, size)
+    function = getattr(library(), f"lodo_{name}_{SUFFIX[theta.dtype]}")
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    function(*pointers, layers, block, width, size, torch.get_num_threads())

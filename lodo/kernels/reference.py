@@ -1,8 +1,8 @@
 """The block-diagonal x permutation network in plain torch: the ground truth for every faster kernel.
 
-Blocks are stored structure-of-arrays, (N, k_in, k_out, w) for w blocks per layer: B[i, o] of all blocks of a layer is one
-contiguous row, so that a product of blocks is k fused multiply-adds over rows. Vectors are in canonical order (component o
-of block b at b * k + o); inside a layer they are seen as k rows, (..., k, w).
+Blocks are stored structure-of-arrays, (N, k_in, k_out, w) for w blocks per layer: B[i, o] of all blocks of a layer
+is one contiguous row, so that a product of blocks is k fused multiply-adds over rows. Vectors are in canonical
+order (component o of block b at b * k + o); inside a layer they are seen as k rows, (..., k, w).
 
 `permutations` is an integer (N, n~) tensor of indices, or None for the perfect shuffle, which is a transpose.
 """

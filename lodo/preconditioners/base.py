@@ -10,11 +10,12 @@ from lodo import meta
 
 
 class Preconditioner(ABC):
-    """A learned G / lr of shape (n, n): it starts, applies itself, learns from its hypergradient and shows itself dense.
+    """A learned G / lr, (n, n): it starts, applies itself, learns from its hypergradient and shows itself dense.
 
-    `theta` holds everything that is learned, in the layout that the kernels like; the public attributes of the subclasses
-    give copies in the layout of the paper. `permutations_stored` holds fixed int32 indices where a subclass has any.
-    A preconditioner read from an optimizer is the optimizer's own and goes on learning: `copy.deepcopy` keeps a snapshot.
+    `theta` holds everything that is learned, in the layout that the kernels like; the public attributes of the
+    subclasses give copies in the layout of the paper. `permutations_stored` holds fixed int32 indices where a
+    subclass has any. A preconditioner read from an optimizer is the optimizer's own and goes on learning:
+    `copy.deepcopy` keeps a snapshot.
     """
 
     kind: ClassVar[str]

@@ -120,15 +120,16 @@ class BlockPermutation(Preconditioner):
 
 
 def shuffle(padded: int, block: int, device: torch.device) -> Tensor:
-    """The perfect shuffle as indices, int64 (padded,): (n~/k, k) seen transposed, the radix-k butterfly's permutation."""
+    """The perfect shuffle as indices, int64 (padded,): (n~/k, k) seen transposed, as in a radix-k butterfly."""
     return torch.arange(padded, device=device).view(-1, block).T.reshape(-1)
 
 
 def random_orthogonal(block: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` Haar-distributed orthogonal matrices, float64 of shape (block, block, count), on the CPU.
 
-    Gram-Schmidt on Gaussian matrices gives the Haar measure (it is QR with a positive diagonal). Two projections keep
-    the columns orthogonal to rounding; all matrices advance together, which batched QR does not do fast for tiny blocks.
+    Gram-Schmidt on Gaussian matrices gives the Haar measure (it is QR with a positive diagonal). Two projections
+    keep the columns orthogonal to rounding; all matrices advance together, which batched QR does not do fast for
+    tiny blocks.
     """
     columns = torch.randn(block, block, count, dtype=torch.float64, generator=generator)
     for j, column in enumerate(columns):
