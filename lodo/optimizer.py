@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lodo import meta, state
 from lodo.flat import check_parameters
 from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.scalars import Number, choose, is_tensor, largest
 from lodo.step import judge, lodo_step
 
 
@@ -139,7 +140,6 @@ class LODO(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step on the gradients in `.grad`; see `lodo.step.lodo_step`.
@@ -160,9 +160,12 @@ class LODO(Optimizer):
             live.flat.gather([p.grad for p in group["params"]], live.gradient_parts)
             if group["maximize"]:
                 live.gradient.neg_()
-            _fill(live.lr, group["lr"])
+            live.lr.set(group["lr"])
         for group, live, (sound, idle) in zip(groups, states, _judge_all(states), strict=True):
-            self._step_group(group, live, sound, idle)
+            live.skipped.set(live.skipped.get() + (sound == 0))
+            active = sound > idle
+            if is_tensor(active) or active:
+                self._step_group(group, live, active)
         if not self._has_warned and any(live.has_new_skips() for live in states):
             self._has_warned = True
             warnings.warn(
@@ -172,35 +175,36 @@ class LODO(Optimizer):
             )
         return loss
 
-    def _step_group(self, group: dict[str, Any], live: state.GroupState, sound: Tensor, idle: Tensor) -> None:
-        with_moments = group["meta_optimizer"] == "adam" and group["meta_lr"] > 0
+    def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
+        lr, learning = live.lr.get(), group["meta_lr"] > 0
+        with_moments = learning and group["meta_optimizer"] == "adam"
         if with_moments and live.moments is None:
-            live.start_moments("adam")
+            live.moments = meta.start_moments(live.preconditioner.theta)
             live.publish(self.state, group["params"])
-        live.skipped.add_(~sound)
-        active = sound & ~idle
+        if learning:
+            live.meta_step.set(live.meta_step.get() + active)
         step = lodo_step(
             live.gradient,
             live.momentum,
             live.preconditioner,
             live.moments if with_moments else None,
-            live.meta_step,
-            live.last_lr,
-            live.lr,
+            live.meta_step.get(),
+            live.last_lr.get(),
+            lr,
             active,
             beta=group["beta"],
             meta_lr=group["meta_lr"],
             meta_optimizer=group["meta_optimizer"],
         )
+        live.last_lr.set(choose(active, lr, live.last_lr.get()))
         params = group["params"]
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
             live.flat.gather(params, live.gradient_parts)
-            step.addcmul_(live.gradient, live.lr * group["weight_decay"] * active)
+            step.add_(live.gradient.mul_(lr * group["weight_decay"] * active))
         moved = [(p, part) for p, part in zip(params, live.flat.views(step), strict=True) if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moved], [part for _, part in moved])
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state dict, in its own precision: network and momentum are not cast to the parameters' dtype.
 
@@ -264,22 +268,13 @@ def _has_gradients(params: Iterable[Tensor]) -> bool:
     return found
 
 
-def _judge_all(states: list[state.GroupState]) -> list[tuple[Tensor, Tensor]]:
+def _judge_all(states: list[state.GroupState]) -> list[tuple[Number, Number]]:
     """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not."""
-    verdicts = [judge(live.gradient, live.lr) for live in states]
-    on_device: dict[torch.device, Tensor] = {}
+    verdicts = [judge(largest(live.gradient, live.size), live.lr.get(), live.flat.dtype) for live in states]
+    on_device: dict[torch.device, Number] = {}
     for live, (sound, _) in zip(states, verdicts, strict=True):
-        others = on_device.get(live.flat.device)
-        on_device[live.flat.device] = sound if others is None else others & sound
+        on_device[live.flat.device] = sound & on_device.get(live.flat.device, True)
     return [(on_device[live.flat.device], idle) for live, (_, idle) in zip(states, verdicts, strict=True)]
-
-
-def _fill(buffer: Tensor, lr: float | Tensor) -> None:
-    """Writes lr into a 0-dim buffer without reading it on the host."""
-    if isinstance(lr, Tensor):
-        buffer.copy_(lr.reshape(()))
-    else:
-        buffer.fill_(lr)
 
 
 def check_options(options: dict[str, Any]) -> None:

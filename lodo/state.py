@@ -18,6 +18,7 @@ from torch import Tensor
 from lodo import meta
 from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.scalars import Cell, is_tensor
 
 FORMAT = 1
 GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
@@ -35,30 +36,34 @@ class GroupState:
     moments: meta.Moments | None
     momentum: Tensor
     momentum_parts: list[Tensor]
-    meta_step: Tensor
-    last_lr: Tensor
-    skipped: Tensor
+    meta_step: Cell
+    last_lr: Cell
+    skipped: Cell
     # Kept between steps to save allocations.
     gradient: Tensor = field(init=False)
     gradient_parts: list[Tensor] = field(init=False)
-    lr: Tensor = field(init=False)
+    lr: Cell = field(init=False)
+    size: Cell = field(init=False)
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()
         self.gradient_parts = self.flat.views(self.gradient)
-        self.lr = torch.zeros_like(self.last_lr)
-        pinned = self.flat.device.type == "cuda"
-        self._mailbox = torch.empty((), dtype=torch.int64, pin_memory=pinned).copy_(self.skipped)
-        self._skips_on_host = self._mailbox.numpy()
-        self._skips_before = int(self._skips_on_host)
+        self.lr = Cell(torch.zeros_like(self.last_lr.tensor))
+        self.size = Cell(self.gradient.new_zeros(()))
+        mailbox = torch.empty((), dtype=torch.int64, pin_memory=self.flat.device.type == "cuda")
+        self._skips_on_host = Cell(mailbox.copy_(self.skipped.tensor))
+        self._skips_before = self._skips_on_host.get()
 
     def has_new_skips(self) -> bool:
         """Whether steps were skipped since this state was made.
 
         On CUDA the count comes in by itself, some steps late: the host reads what has arrived and never waits.
         """
-        self._mailbox.copy_(self.skipped, non_blocking=True)
-        return bool(self._skips_on_host > self._skips_before)
+        if is_tensor(self.skipped.get()):
+            self._skips_on_host.tensor.copy_(self.skipped.tensor, non_blocking=True)
+        else:
+            self._skips_on_host = self.skipped
+        return bool(self._skips_on_host.get() > self._skips_before)
 
     def is_bound_to(self, state: State, params: list[Tensor]) -> bool:
         """Whether `state` still holds these very tensors and the parameters have not been cast or moved."""
@@ -66,9 +71,6 @@ class GroupState:
         return held and all(
             state[p].get("momentum") is part for p, part in zip(params, self.momentum_parts, strict=True)
         )
-
-    def start_moments(self, kind: str) -> None:
-        self.moments = meta.start_moments(kind, self.preconditioner.theta)
 
     def publish(self, state: State, params: list[Tensor]) -> None:
         """Puts the tensors into `optimizer.state`."""
@@ -78,9 +80,9 @@ class GroupState:
         entry.update(
             format=FORMAT,
             theta=self.preconditioner.theta,
-            meta_step=self.meta_step,
-            last_lr=self.last_lr,
-            skipped=self.skipped,
+            meta_step=self.meta_step.tensor,
+            last_lr=self.last_lr.tensor,
+            skipped=self.skipped.tensor,
         )
         if self.preconditioner.permutations_stored is not None:
             entry["permutations"] = self.preconditioner.permutations_stored
@@ -104,9 +106,9 @@ def start(group: dict[str, Any], learned: Preconditioner | None = None) -> Group
             f"preconditioner was learned for {learned.size} parameters, but its param group holds {flat.size}"
         )
     momentum = flat.new_vector()
-    meta_step = momentum.new_zeros((), dtype=torch.float32 if flat.device.type == "mps" else torch.float64)
-    last_lr, skipped = momentum.new_zeros(()), momentum.new_zeros((), dtype=torch.int64)
-    return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), meta_step, last_lr, skipped)
+    wide = torch.float32 if flat.device.type == "mps" else torch.float64
+    cells = [Cell(momentum.new_zeros((), dtype=dtype)) for dtype in (wide, wide, torch.int64)]
+    return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), *cells)
 
 
 def bind(group: dict[str, Any], state: State) -> GroupState:
@@ -130,8 +132,8 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
     moments = (
         None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0], flat.dtype), here(MOMENT_KEYS[1], flat.dtype))
     )
-    meta_step, last_lr, skipped = here("meta_step"), here("last_lr", flat.dtype), here("skipped")
-    return GroupState(flat, preconditioner, moments, momentum, parts, meta_step, last_lr, skipped)
+    cells = [Cell(here(name)) for name in ("meta_step", "last_lr", "skipped")]
+    return GroupState(flat, preconditioner, moments, momentum, parts, *cells)
 
 
 class AsSaved:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.preconditioners import Preconditioner
+from lodo.scalars import Number, is_tensor
 
 
 def lodo_step(
@@ -25,10 +26,10 @@ def lodo_step(
     m: Tensor,
     preconditioner: Preconditioner,
     moments: meta.Moments | None,
-    count: Tensor,
-    last_lr: Tensor,
-    lr: Tensor,
-    active: Tensor,
+    count: Number,
+    last_lr: Number,
+    lr: Number,
+    active: Number,
     *,
     beta: float,
     meta_lr: float,
@@ -36,37 +37,36 @@ def lodo_step(
 ) -> Tensor:
     """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
 
-    All of `m`, the preconditioner's theta, `moments`, `count` and `last_lr` are advanced in place. With `active` False
-    none of them changes and the returned step is zero; no value is read back to the host to decide that.
+    Advances `m`, the preconditioner's theta and `moments` in place. If `active` does not hold they keep their bits
+    and the returned step is zero; an `active` on an accelerator is not read to find out.
 
     Args:
         g: gradient where the last step landed, shape (n,); zeroed if inactive.
         m: momentum, shape (n,).
         moments: of the inner Adam, None for the inner SGD.
-        count: 0-dim, inner steps taken. The first one counts although h = 0 there.
-        last_lr: 0-dim, lr of the last step.
-        lr: 0-dim, lr of this step.
-        active: 0-dim bool.
+        count: inner steps taken, this one included. The first one counts although h = 0 there.
+        last_lr: lr of the last step.
+        lr: lr of this step.
+        active: whether this step is to be taken.
         beta, meta_lr, meta_optimizer: as for `lodo.LODO`; meta_lr 0 leaves theta and its inner optimizer alone.
     """
-    inactive = ~active
-    one_or_zero = active.to(m.dtype)
-    g.masked_fill_(inactive, 0)  # so that no NaN meets a zero weight below
+    if is_tensor(active):
+        g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
+        active = active.to(m.dtype)
     if meta_lr > 0:
-        rates = meta.next_rates(meta_optimizer, meta_lr, count, active, g.dtype)
+        rates = meta.rates(meta_optimizer, meta_lr, count, active, m.dtype)
         preconditioner.learn_(g, m, last_lr, moments, rates)
-    m.lerp_(g, one_or_zero * (1 - beta))
-    last_lr.lerp_(lr, one_or_zero)
-    return preconditioner.apply(m).mul_(lr).masked_fill_(inactive, 0)
+    m.lerp_(g, active * (1 - beta))
+    step = preconditioner.apply(m).mul_(lr)
+    return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
 
 
-def judge(g: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
-    """Two 0-dim bools about a gradient that a step is called with: is it sound, is the call idle.
+def judge(size: Number, lr: Number, dtype: torch.dtype) -> tuple[Number, Number]:
+    """Whether a gradient is sound, and whether the call is idle, from the gradient's largest magnitude.
 
     Sound: all finite, and not so large that the square of a hypergradient of its size would overflow, which would stay
     in the inner Adam's second moment for good. Idle: zero, with lr = 0, which is how distributed checkpointing makes an
     optimizer create its state; such a call must change nothing.
     """
-    size = torch.linalg.vector_norm(g, ord=torch.inf)
     product = size * size * lr
-    return product * product < torch.inf, size + lr == 0
+    return product * product <= torch.finfo(dtype).max, size + lr == 0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.kernels import native, reference
+from lodo.scalars import Number
 
 
 def work_size(theta: Tensor, learning: bool) -> int:
@@ -30,8 +31,8 @@ def learn_(
     permutations: Tensor | None,
     g: Tensor,
     m: Tensor,
-    lr: Tensor,
-    rates: Tensor,
+    lr: Number,
+    rates: meta.Rates,
     work: Tensor | None,
 ) -> None:
     if work is not None:

@@ -38,7 +38,7 @@ template <typename T> struct Network {
 };
 
 template <typename T> struct Rates { // see lodo/meta.py
-  T step_size, weight1, decay2, weight2, eps;
+  T step_size, forget1, keep2, forget2, eps;
 };
 
 int team_size(int64_t layer_numbers, int threads) {
@@ -173,8 +173,8 @@ void learn_tile(const Network<T> &net, int64_t offset, const Rates<T> &rates, in
 #pragma omp simd
         for (int64_t t = 0; t < lanes; ++t) {
           const T h = ai[t] * dd[t] + ci[t] * ee[t];
-          const T mt = m[t] + r.weight1 * (h - m[t]);
-          const T vt = r.decay2 * v[t] + r.weight2 * (h * h);
+          const T mt = m[t] + r.forget1 * (h - m[t]);
+          const T vt = r.keep2 * v[t] + r.forget2 * (h * h);
           bd[t] += b[t] * dd[t];
           be[t] += b[t] * ee[t];
           b[t] -= r.step_size * mt / (std::sqrt(vt) + r.eps);
@@ -380,12 +380,13 @@ void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &
     matvec<T>({theta, nullptr, nullptr, permutations, layers, block, width, size}, v, out, work, threads);             \
   }                                                                                                                    \
   extern "C" void lodo_learn_##SUFFIX(T *theta, T *exp_avg, T *exp_avg_sq, const int32_t *permutations, const T *g,    \
-                                      const T *m, const T *lr, const T *rates, T *work, int64_t layers, int64_t block, \
-                                      int64_t width, int64_t size, int threads) {                                      \
+                                      const T *m, T *work, int64_t layers, int64_t block, int64_t width, int64_t size, \
+                                      int threads, double lr, double step_size, double forget1, double keep2,          \
+                                      double forget2, double eps) {                                                    \
     const Network<T> net{theta, exp_avg, exp_avg_sq, permutations, layers, block, width, size};                        \
-    const Rates<T> r{rates[0], rates[1], rates[2], rates[3], rates[4]};                                                \
-    if (exp_avg) learn<T, true>(net, g, m, *lr, r, work, threads);                                                     \
-    else learn<T, false>(net, g, m, *lr, r, work, threads);                                                            \
+    const Rates<T> rates{T(step_size), T(forget1), T(keep2), T(forget2), T(eps)};                                      \
+    if (exp_avg) learn<T, true>(net, g, m, T(lr), rates, work, threads);                                               \
+    else learn<T, false>(net, g, m, T(lr), rates, work, threads);                                                      \
   }
 
 LODO_ENTRY_POINTS(float, f32)

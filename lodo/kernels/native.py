@@ -55,11 +55,13 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes the arguments: pointers, then layers, block, width and size, then the number of threads."""
-    for name, pointers in (("matvec", 5), ("learn", 9)):
+    """Tells ctypes the arguments: pointers; layers, block, width and size; threads; lr and rates."""
+    for name, pointers, numbers in (("matvec", 5, 0), ("learn", 7, 6)):
         for suffix in SUFFIX.values():
             function = getattr(loaded, f"lodo_{name}_{suffix}")
-            function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 4 + [ctypes.c_int]
+            function.argtypes = (
+                [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_double] * numbers
+            )
             function.restype = None
     return loaded
 
@@ -113,7 +115,7 @@ def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor) 
     """`reference.matvec` with scratch memory `work` of at least 2 n~ numbers."""
     v = v.contiguous()
     out = torch.empty_like(v)
-    _call("matvec", theta, v.numel(), theta, permutations, v, out, work)
+    _call("matvec", theta, v.numel(), (theta, permutations, v, out, work))
     return out
 
 
@@ -123,18 +125,19 @@ def learn_(
     permutations: Tensor | None,
     g: Tensor,
     m: Tensor,
-    lr: Tensor,
-    rates: Tensor,
+    lr: float,
+    rates: meta.Rates,
     work: Tensor,
 ) -> None:
     """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers."""
     exp_avg, exp_avg_sq = moments or (None, None)
-    _call("learn", theta, g.numel(), theta, exp_avg, exp_avg_sq, permutations, g, m, lr, rates, work)
+    tensors = (theta, exp_avg, exp_avg_sq, permutations, g, m, work)
+    _call("learn", theta, g.numel(), tensors, lr, *rates, meta.EPS)
 
 
-def _call(name: str, theta: Tensor, size: int, *tensors: Tensor | None) -> None:
-    """Calls an entry point for theta's dtype with contiguous tensors, the network's shape and the number of threads."""
+def _call(name: str, theta: Tensor, size: int, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+    """Calls an entry point for theta's dtype with contiguous tensors, the network's shape, threads and numbers."""
     layers, block, _, width = theta.shape
     function = getattr(library(), f"lodo_{name}_{SUFFIX[theta.dtype]}")
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    function(*pointers, layers, block, width, size, torch.get_num_threads())
+    function(*pointers, layers, block, width, size, torch.get_num_threads(), *numbers)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lodo import meta
+from lodo.scalars import Number
 
 
 def permute(x: Tensor, permutations: Tensor | None, layer: int, block: int) -> Tensor:
@@ -73,8 +74,8 @@ def learn_(
     permutations: Tensor | None,
     g: Tensor,
     m: Tensor,
-    lr: Tensor,
-    rates: Tensor,
+    lr: Number,
+    rates: meta.Rates,
 ) -> None:
     """One inner update of theta along h = -d/dtheta lr <U g, U m>, by backpropagation through the layers (section 3).
 

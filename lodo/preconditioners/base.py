@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lodo import meta
+from lodo.scalars import Number
 
 
 class Preconditioner(ABC):
@@ -54,14 +56,14 @@ class Preconditioner(ABC):
         """The options of a param group that describe this preconditioner."""
 
     @abstractmethod
-    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         """One inner step of `theta` along h = -d/dtheta <g, G m>, with G = lr times this operator (Algorithm 1).
 
         Args:
             g, m: gradient and momentum, shape (n,), theta's dtype.
-            lr: 0-dim, the lr of the step that led to where `g` was taken.
+            lr: of the step that led to where `g` was taken.
             moments: of the inner Adam, None for the inner SGD; updated in place.
-            rates: shape (5,), see `lodo.meta`.
+            rates: of this inner step.
         """
 
     @abstractmethod
@@ -117,13 +119,13 @@ def as_permutations(value: Any, layers: int, padded: int, device: torch.device) 
     return tensor.to(torch.int32, copy=True)
 
 
-def random_permutations(layers: int, padded: int, generator: torch.Generator) -> Tensor:
+def random_permutations(layers: int, padded: int, generator: np.random.Generator) -> Tensor:
     """Uniformly random permutations, int32 of shape (layers, padded), on the CPU."""
     if padded >= 2**31:
         raise ValueError(f"random permutations reach 2**31 - 1 coordinates, got {padded}; use permutation='shuffle'")
     rows = torch.empty(layers, padded, dtype=torch.int32)
     for row in rows:
-        row.copy_(torch.randperm(padded, generator=generator))
+        row.copy_(torch.from_numpy(generator.permutation(padded)))
     return rows
 
 

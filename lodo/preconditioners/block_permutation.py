@@ -2,6 +2,7 @@
 
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,10 @@ from lodo.preconditioners.base import (
     padded_size,
     random_permutations,
 )
+from lodo.scalars import Number
 
 DEFAULT_DEPTH = 16
-CHUNK = 1 << 16  # blocks drawn at a time, which bounds the memory that a start needs on top of theta
+CHUNK = 2048  # blocks drawn at a time: few enough to stay in the cache
 
 
 class BlockPermutation(Preconditioner):
@@ -53,7 +55,7 @@ class BlockPermutation(Preconditioner):
         """Haar-random orthogonal blocks, so that U^T U = I, and permutations as asked, all from options["seed"]."""
         shape = cls.theta_shape(size, options)
         _, block, _, width = shape
-        generator = torch.Generator().manual_seed(options["seed"])
+        generator = np.random.default_rng(options["seed"])
         theta = torch.empty(shape, dtype=dtype, device=device)
         for layer in theta:
             for begin in range(0, width, CHUNK):
@@ -101,7 +103,7 @@ class BlockPermutation(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return kernels.matvec(self.theta, self.permutations_stored, v, self._scratch(learning=False))
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         scratch = self._scratch(learning=True)
         kernels.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, scratch)
 
@@ -124,17 +126,16 @@ def shuffle(padded: int, block: int, device: torch.device) -> Tensor:
     return torch.arange(padded, device=device).view(-1, block).T.reshape(-1)
 
 
-def random_orthogonal(block: int, count: int, generator: torch.Generator) -> Tensor:
+def random_orthogonal(block: int, count: int, generator: np.random.Generator) -> Tensor:
     """`count` Haar-distributed orthogonal matrices, float64 of shape (block, block, count), on the CPU.
 
-    Gram-Schmidt on Gaussian matrices gives the Haar measure (it is QR with a positive diagonal). Two projections
-    keep the columns orthogonal to rounding; all matrices advance together, which batched QR does not do fast for
-    tiny blocks.
+    Gram-Schmidt on Gaussian matrices gives the Haar measure (it is QR with a positive diagonal). Two projections keep
+    the columns orthogonal to rounding; all matrices advance together, which batched QR does not do fast for tiny blocks.
     """
-    columns = torch.randn(block, block, count, dtype=torch.float64, generator=generator)
+    columns = torch.from_numpy(generator.standard_normal((block, block, count)))
     for j, column in enumerate(columns):
+        earlier = columns[:j]
         for _ in range(2):
-            for earlier in columns[:j]:
-                column.sub_(earlier * (earlier * column).sum(0))
+            column.sub_((earlier * (earlier * column).sum(1, keepdim=True)).sum(0))
         column.div_(column.norm(dim=0))
     return columns

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.preconditioners.base import Preconditioner, as_theta
+from lodo.scalars import Number
 
 
 class Diagonal(Preconditioner):
@@ -38,5 +39,5 @@ class Diagonal(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         meta.update_(self.theta, (g * m).mul_(-lr), moments, rates)

@@ -3,6 +3,7 @@
 import math
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from lodo.preconditioners.base import (
     padded_size,
     random_permutations,
 )
+from lodo.scalars import Number
 
 DEFAULT_DEPTH = 64
 
@@ -45,10 +47,10 @@ class Residual(Preconditioner):
     def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
         """w_l ~ Normal(0, 1 / sqrt(N)), D = 1, random permutations, all from options["seed"]."""
         rows, padded = cls.theta_shape(size, options)
-        generator = torch.Generator().manual_seed(options["seed"])
+        generator = np.random.default_rng(options["seed"])
         theta = torch.ones(rows, padded, dtype=dtype, device=device)
         for row in theta[:-1]:
-            row.copy_(torch.randn(padded, dtype=torch.float64, generator=generator) / math.sqrt(rows - 1))
+            row.copy_(torch.from_numpy(generator.standard_normal(padded) / math.sqrt(rows - 1)))
         return cls.wrap(theta, random_permutations(rows - 1, padded, generator).to(device), size)
 
     @classmethod
@@ -93,7 +95,7 @@ class Residual(Preconditioner):
             x.index_add_(0, self._indices[layer], self.theta[layer] * x)
         return x[: self.size]
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         """Back-propagation in stretches of about sqrt(N) layers, each run forward again from its kept first input, so
         that the inputs of all N layers (twice theta's size) never exist together."""
         layers = len(self._indices)
@@ -113,7 +115,7 @@ class Residual(Preconditioner):
             back = self._learn_stretch(range(begin, min(begin + stretch, layers)), kept.pop(), back, moments, rates)
 
     def _learn_stretch(
-        self, layers: range, pair: Tensor, back: Tensor, moments: meta.Moments | None, rates: Tensor
+        self, layers: range, pair: Tensor, back: Tensor, moments: meta.Moments | None, rates: meta.Rates
     ) -> Tensor:
         """Updates w of these layers from their first input and the vectors above them; returns those below."""
         gathered = []
@@ -126,6 +128,6 @@ class Residual(Preconditioner):
             self._update(layer, h, moments, rates)
         return back
 
-    def _update(self, row: int, h: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+    def _update(self, row: int, h: Tensor, moments: meta.Moments | None, rates: meta.Rates) -> None:
         slices = None if moments is None else (moments[0][row], moments[1][row])
         meta.update_(self.theta[row], h, slices, rates)

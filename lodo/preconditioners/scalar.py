@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.preconditioners.base import Preconditioner, as_theta, check_size
+from lodo.scalars import Number
 
 
 class Scalar(Preconditioner):
@@ -37,5 +38,5 @@ class Scalar(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Tensor, moments: meta.Moments | None, rates: Tensor) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         meta.update_(self.theta, torch.dot(g, m).mul_(-lr), moments, rates)
