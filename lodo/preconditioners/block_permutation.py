@@ -130,7 +130,7 @@ def random_orthogonal(block: int, count: int, generator: np.random.Generator) ->
     """`count` Haar-distributed orthogonal matrices, float64 of shape (block, block, count), on the CPU.
 
     Gram-Schmidt on Gaussian matrices gives the Haar measure (it is QR with a positive diagonal). Two projections keep
-    the columns orthogonal to rounding; all matrices advance together, which batched QR does not do fast for tiny blocks.
+    the columns orthogonal to rounding; all matrices advance together, which is faster than batched QR for tiny blocks.
     """
     columns = torch.from_numpy(generator.standard_normal((block, block, count)))
     for j, column in enumerate(columns):
