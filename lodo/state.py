@@ -51,7 +51,7 @@ class GroupState:
         self.lr = Cell(torch.zeros_like(self.last_lr.tensor))
         self.size = Cell(self.gradient.new_zeros(()))
         mailbox = torch.empty((), dtype=torch.int64, pin_memory=self.flat.device.type == "cuda")
-        self._skips_on_host = Cell(mailbox.copy_(self.skipped.tensor))
+        self._skips_on_host = Cell(mailbox.copy_(self.skipped.tensor), on_host=True)
         self._skips_before = self._skips_on_host.get()
 
     def has_new_skips(self) -> bool:

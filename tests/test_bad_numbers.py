@@ -1,0 +1,168 @@
+"""Gradients with NaN or infinity change nothing, are counted, and warn once."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from oracle import KINDS
+
+import lodo
+
+
+def snapshot(optimizer):
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    for entry in state.values():
+        entry.pop("skipped", None)
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]], state
+
+
+def assert_same(found, expected):
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+    for key, entry in expected[1].items():
+        assert entry.keys() == found[1][key].keys()
+        for name, value in entry.items():
+            same = torch.equal(found[1][key][name], value) if isinstance(value, torch.Tensor) else True
+            assert same, f"{name} has changed"
+
+
+def trained(kind="block_permutation", groups=1, **options):
+    params = [torch.nn.Parameter(torch.randn(5, 2)) for _ in range(2 * groups)]
+    split = [{"params": params[2 * i : 2 * i + 2]} for i in range(groups)]
+    optimizer = lodo.LODO(split, lr=0.1, weight_decay=0.01, preconditioner=kind, depth=3, **options)
+    for _ in range(3):
+        backward(params)
+        optimizer.step()
+    return params, optimizer
+
+
+def backward(params):
+    for p in params:
+        p.grad = p.detach().sin()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_gradient_changes_nothing_and_is_counted(kind, bad, kernel):
+    params, optimizer = trained(kind)
+    before = snapshot(optimizer)
+    backward(params)
+    params[1].grad[3, 1] = bad
+    with pytest.warns(UserWarning, match="skipped_steps") as record:
+        optimizer.step()
+    assert record[0].filename == __file__
+    assert_same(snapshot(optimizer), before)
+    assert optimizer.skipped_steps == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert optimizer.skipped_steps == 2
+    backward(params)
+    optimizer.step()
+    assert optimizer.skipped_steps == 2
+    assert not torch.equal(params[0], before[0][0])
+
+
+def test_going_on_after_a_bad_gradient_is_as_if_it_had_not_been(kernel):
+    params, optimizer = trained()
+    twin_params, twin = trained()
+    for p, q in zip(params, twin_params, strict=True):
+        q.data.copy_(p.data)
+    twin.load_state_dict(optimizer.state_dict())
+    for p in params:
+        p.grad = torch.full_like(p, float("nan"))
+    with pytest.warns(UserWarning, match="skipped"):
+        optimizer.step()
+    for _ in range(3):
+        backward(params), optimizer.step()
+        backward(twin_params), twin.step()
+    assert_same(snapshot(optimizer), snapshot(twin))
+
+
+def test_a_bad_gradient_in_one_group_holds_back_the_others_too():
+    params, optimizer = trained(groups=2)
+    before = snapshot(optimizer)
+    backward(params)
+    params[0].grad[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="skipped"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_the_very_first_step_may_be_bad():
+    x = torch.nn.Parameter(torch.ones(3))
+    optimizer = lodo.LODO([x], lr=0.1)
+    x.grad = torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.warns(UserWarning, match="skipped"):
+        optimizer.step()
+    assert torch.equal(x, torch.ones(3))
+    twin = torch.nn.Parameter(torch.ones(3))
+    other = lodo.LODO([twin], lr=0.1)
+    for p, o in ((x, optimizer), (twin, other)):
+        for _ in range(3):
+            p.grad = p.detach().clone()
+            o.step()
+    assert torch.equal(x, twin)
+
+
+def test_the_count_is_saved_and_does_not_warn_again_on_load():
+    params, optimizer = trained()
+    params[0].grad = torch.full_like(params[0], float("inf"))
+    with pytest.warns(UserWarning, match="skipped"):
+        optimizer.step()
+    other = lodo.LODO([{"params": params}], preconditioner="block_permutation", depth=3)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.skipped_steps == 1
+    backward(params)
+    other.step()
+    assert other.skipped_steps == 1
+
+
+def test_a_probing_step_with_lr_zero_and_zero_gradients_makes_state_and_changes_nothing(kernel):
+    params, optimizer = trained()
+    before = snapshot(optimizer)
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    optimizer.param_groups[0]["lr"] = lr
+
+    def run(probe):
+        x = torch.nn.Parameter(torch.ones(5))
+        other = lodo.LODO([x], lr=torch.tensor(0.0) if probe else 0.1)
+        if probe:
+            x.grad = torch.zeros(5)
+            other.step()
+            assert "theta" in other.state[x]
+            other.param_groups[0]["lr"] = 0.1
+        for _ in range(3):
+            x.grad = x.detach().clone()
+            other.step()
+        return x
+
+    assert torch.equal(run(probe=True), run(probe=False))
+
+
+@pytest.mark.cuda
+def test_on_cuda_nothing_waits_for_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    x = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+    optimizer = lodo.LODO([x], lr=0.1, weight_decay=0.1)
+    x.grad = torch.ones_like(x)
+    optimizer.step()
+    optimizer.step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        optimizer.step()
+        x.grad[3] = float("nan")
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    x.grad[3] = 1.0
+    with pytest.warns(UserWarning, match="skipped"):  # the count has come in by now
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
