@@ -225,7 +225,8 @@ class LODO(Optimizer):
         state.unwrap(self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch's own, put among the defaults when they are restored
+                    group.setdefault(name, value)
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         params = group["params"]

@@ -187,22 +187,27 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
             "with the version of lodo that wrote it"
         )
     for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
-        _check_shape(f"{where}, parameter {number}: momentum", entry.get("momentum"), tuple(p.shape))
+        _check_tensor(f"{where}, parameter {number}: momentum", entry.get("momentum"), tuple(p.shape))
     size = sum(p.numel() for p in params)
     shape = BY_NAME[group["preconditioner"]].theta_shape(size, group)
-    _check_shape(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape)
-    for name in MOMENT_KEYS:
-        if name in first:
-            _check_shape(f"{where}: {name}", first[name], shape)
-    for name in ("meta_step", "last_lr", "skipped"):
-        _check_shape(f"{where}: {name}", first[name], ())
+    _check_tensor(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape)
+    if any(name in first for name in MOMENT_KEYS):
+        for name in MOMENT_KEYS:
+            _check_tensor(f"{where}: {name}", first.get(name), shape)
+    for name in ("meta_step", "last_lr"):
+        _check_tensor(f"{where}: {name}", first[name], ())
+    _check_tensor(f"{where}: skipped", first["skipped"], (), torch.int64)
     _check_permutations(where, first.get("permutations"), size, group)
 
 
-def _check_shape(what: str, value: Any, shape: tuple[int, ...]) -> None:
-    found = tuple(value.shape) if isinstance(value, Tensor) else value
-    if found != shape:
-        raise ValueError(f"{what} has shape {found} in the saved state, this optimizer expects {shape}")
+def _check_tensor(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Refuses what is no tensor of this shape and dtype; None stands for the floating dtypes."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} must be a tensor, got {value!r} in the saved state")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{what} has shape {tuple(value.shape)} in the saved state, this optimizer expects {shape}")
+    if value.dtype != dtype if dtype is not None else not value.is_floating_point():
+        raise ValueError(f"{what} has dtype {value.dtype} in the saved state, expected {dtype or 'a floating one'}")
 
 
 def _check_permutations(where: str, value: Any, size: int, group: dict[str, Any]) -> None:
@@ -215,6 +220,6 @@ def _check_permutations(where: str, value: Any, size: int, group: dict[str, Any]
         )
     if shape is None:
         return
-    _check_shape(f"{where}: permutations", value, shape)
-    if value.dtype != torch.int32 or (value.numel() and not 0 <= value.min() <= value.max() < shape[1]):
-        raise ValueError(f"{where}: permutations must be int32 from 0 to {shape[1] - 1} in the saved state")
+    _check_tensor(f"{where}: permutations", value, shape, torch.int32)
+    if value.numel() and not 0 <= value.min() <= value.max() < shape[1]:
+        raise ValueError(f"{where}: permutations must be from 0 to {shape[1] - 1} in the saved state")

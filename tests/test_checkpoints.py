@@ -1,0 +1,243 @@
+"""Saving and loading: bit-exact resume in a new process, precision, and clear refusals."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import resume
+import torch
+from torch import nn
+
+import lodo
+
+
+def through_file(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_same(found, expected, where="state"):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, where
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, list):
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert found == expected, where
+
+
+def test_resume_in_a_new_process_is_bit_exact(tmp_path, kernel):
+    halfway, expected = {}, {}
+    for name in resume.CASES:
+        run = resume.build(name)
+        resume.run(*run, begin=0)
+        halfway[name] = copy.deepcopy(resume.state_of(*run))
+        resume.run(*run, begin=resume.STEPS)
+        expected[name] = resume.state_of(*run)
+        assert not torch.equal(expected[name]["model"]["0.weight"], halfway[name]["model"]["0.weight"])
+    torch.save(halfway, tmp_path / "halfway.pt")
+    script = Path(resume.__file__)
+    command = [sys.executable, str(script), str(tmp_path / "halfway.pt"), str(tmp_path / "resumed.pt")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lodo.__file__).parents[1])}
+    subprocess.run(command, check=True, env=environment)
+    found = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_loading_does_not_round_the_network_to_the_parameters_dtype(name):
+    model, optimizer, _ = run = resume.build(name)
+    resume.run(*run, begin=0)
+    saved = through_file(optimizer.state_dict())
+    other_model, other, _ = resume.build(name)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+    assert_same(other.state_dict(), saved)
+    theta = optimizer.preconditioners[0].theta
+    assert theta.dtype == torch.float32
+    assert not torch.equal(theta, theta.to(next(model.parameters()).dtype).float())
+
+
+def test_loading_into_a_cast_model_keeps_the_bits():
+    """Trained in float32, saved, and gone on with in bfloat16: network and momentum stay as they were."""
+    model, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    saved = through_file(optimizer.state_dict())
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    other = lodo.LODO(cast.parameters())
+    other.load_state_dict(saved)
+    assert torch.equal(other.preconditioners[0].theta, optimizer.preconditioners[0].theta)
+    for p, q in zip(cast.parameters(), model.parameters(), strict=True):
+        assert torch.equal(other.state[p]["momentum"], optimizer.state[q]["momentum"])
+    doubled = copy.deepcopy(model).double()
+    other = lodo.LODO(doubled.parameters())
+    other.load_state_dict(saved)
+    assert torch.equal(other.preconditioners[0].theta, optimizer.preconditioners[0].theta.double())
+
+
+def test_loading_into_a_moved_model(device):
+    model, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    saved = through_file(optimizer.state_dict())
+    moved = copy.deepcopy(model).to(device)
+    other = lodo.LODO(moved.parameters())
+    other.load_state_dict(saved)
+    g = other.preconditioners[0]
+    assert g.theta.device.type == device.type
+    assert torch.equal(g.theta.cpu(), optimizer.preconditioners[0].theta)
+    for p in moved.parameters():
+        p.grad = torch.ones_like(p)
+    other.step()
+
+
+def test_what_is_loaded_is_no_alias_and_saving_does_not_touch_anything():
+    model, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    given = copy.deepcopy(saved)
+    other_model, other, _ = resume.build("default")
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(given)
+    resume.run(other_model, other, None, begin=resume.STEPS)
+    assert_same(given, saved)
+    assert_same(optimizer.state_dict(), saved)
+
+
+def test_a_loaded_network_can_be_read_before_the_first_step():
+    _, optimizer, _ = run = resume.build("residual")
+    resume.run(*run, begin=0)
+    _, other, _ = resume.build("residual")
+    assert other.preconditioners == [None]
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.preconditioners[0].diagonals, optimizer.preconditioners[0].diagonals)
+
+
+def test_a_state_saved_before_the_first_step_loads():
+    _, optimizer, _ = resume.build("default")
+    _, other, _ = run = resume.build("default")
+    other.load_state_dict(optimizer.state_dict())
+    resume.run(*run, begin=0)
+
+
+def test_a_learned_preconditioner_is_saved_before_its_first_step():
+    _, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    g = optimizer.preconditioners[0]
+    model, _, _ = resume.build("default")
+    fresh = lodo.LODO(model.parameters(), preconditioner=g)
+    other = lodo.LODO(model.parameters())
+    other.load_state_dict(through_file(fresh.state_dict()))
+    assert torch.equal(other.preconditioners[0].theta, g.theta)
+
+
+def test_hyperparameters_come_with_the_state_and_missing_ones_from_the_constructor():
+    model, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["maximize"], group["seed"]
+    other = lodo.LODO(model.parameters(), lr=7.0, seed=5)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 0.1
+    assert other.param_groups[0]["seed"] == 5
+    assert other.param_groups[0]["maximize"] is False
+
+
+def trained_state(name="default"):
+    _, optimizer, _ = run = resume.build(name)
+    resume.run(*run, begin=0)
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def edit(saved, **changes):
+    """A state dict with entries of its first parameter replaced, or removed where the new value is None."""
+    saved["state"][0].update(changes)
+    for name in [name for name, value in saved["state"][0].items() if value is None]:
+        del saved["state"][0][name]
+    return saved
+
+
+def adam_state():
+    model, *_ = resume.build("default")
+    adam = torch.optim.Adam(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adam.step()
+    return adam.state_dict()
+
+
+REFUSED = [
+    (
+        "another preconditioner",
+        lambda: trained_state("diagonal"),
+        "'diagonal', this optimizer's is 'block_permutation'",
+    ),
+    ("another optimizer", adam_state, "not a state of LODO"),
+    ("incomplete", lambda: edit(trained_state(), last_lr=None), "last_lr missing"),
+    ("another format", lambda: edit(trained_state(), format=99), "format 99, this version of lodo reads format 1"),
+    ("another block size", lambda: trained_state("shuffle"), r"theta \(set by depth, block_size and expansion\)"),
+    ("no momentum", lambda: edit(trained_state(), momentum=None), "momentum has shape None"),
+    ("momentum shape", lambda: edit(trained_state(), momentum=torch.zeros(3)), r"shape \(3,\) in the saved state"),
+    ("moment shape", lambda: edit(trained_state(), theta_exp_avg=torch.zeros(3)), "theta_exp_avg has shape"),
+    ("one moment", lambda: edit(trained_state(), theta_exp_avg_sq=None), "theta_exp_avg_sq"),
+    ("no indices", lambda: edit(trained_state(), permutations=None), "without indices"),
+    (
+        "indices out of range",
+        lambda: edit(trained_state(), permutations=trained_state()["state"][0]["permutations"] + 1),
+        "permutations must be int32 from 0 to",
+    ),
+    ("count", lambda: edit(trained_state(), meta_step=torch.zeros(2)), "meta_step has shape"),
+    ("integers for theta", lambda: edit(trained_state(), theta=trained_state()["state"][0]["theta"].int()), "theta"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(make, message):
+    _, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(make())
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_a_state_for_another_model_is_refused():
+    _, optimizer, _ = resume.build("default")
+    other = lodo.LODO([nn.Parameter(torch.zeros(7, 5))])
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        other.load_state_dict(optimizer.state_dict())
+    saved = trained_state()
+    other = lodo.LODO([nn.Parameter(torch.zeros(3)) for _ in range(4)])
+    with pytest.raises(ValueError, match="parameter 0: momentum has shape"):
+        other.load_state_dict(saved)
+
+
+def test_users_load_hooks_come_first_and_post_hooks_see_the_loaded_state():
+    _, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    _, other, _ = resume.build("default")
+    seen = []
+
+    def rename(_, state_dict):
+        state = {
+            key: {k.removeprefix("old_"): v for k, v in entry.items()} for key, entry in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
+    other.register_load_state_dict_pre_hook(rename)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state[o.param_groups[0]["params"][0]]["theta"]))
+    saved = optimizer.state_dict()
+    saved["state"] = {key: {f"old_{k}": v for k, v in entry.items()} for key, entry in saved["state"].items()}
+    other.load_state_dict(saved)
+    assert torch.equal(seen[0], optimizer.preconditioners[0].theta)
