@@ -140,6 +140,9 @@ class LODO(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # A compiled training step runs this one eagerly. The public torch.compiler.disable does the same, but would make
+    # `import lodo` load the compiler.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step on the gradients in `.grad`; see `lodo.step.lodo_step`.
@@ -205,6 +208,7 @@ class LODO(Optimizer):
         moved = [(p, part) for p, part in zip(params, live.flat.views(step), strict=True) if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moved], [part for _, part in moved])
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state dict, in its own precision: network and momentum are not cast to the parameters' dtype.
 

@@ -539,3 +539,26 @@ def test_a_model_may_be_cast_between_steps(dtype):
     assert torch.equal(found.float(), theta)
     losses = train(model, optimizer, 20, dtype)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+@pytest.mark.parametrize("compiled", ["model", "train_step"])
+def test_compiled_models_and_training_steps(compiled):
+    """The optimizer runs eagerly inside a compiled training step, once per step and without recompilation."""
+    torch.compiler.reset()
+    model, other = mlp(), mlp()
+    x, y = data()
+
+    def train_step(model, optimizer):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    fast = torch.compile(model, backend="eager") if compiled == "model" else model
+    fast_step = torch.compile(train_step, backend="eager") if compiled == "train_step" else train_step
+    optimizer, plain = lodo.LODO(fast.parameters(), lr=0.1), lodo.LODO(other.parameters(), lr=0.1)
+    for _ in range(12):
+        torch.testing.assert_close(fast_step(fast, optimizer), train_step(other, plain), rtol=1e-5, atol=1e-6)
+    assert int(optimizer.state[next(iter(model.parameters()))]["meta_step"]) == 12
