@@ -259,7 +259,8 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
     state.check_saved(state_dict, groups)
     for saved in state_dict["param_groups"]:
         check_options({**optimizer.defaults, **saved})
-    return {**state_dict, "state": state.wrap(state_dict["state"])}
+    ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
+    return {**state_dict, "state": state.wrap(state_dict["state"], ids)}
 
 
 def _has_gradients(params: Iterable[Tensor]) -> bool:

@@ -50,7 +50,7 @@ class GroupState:
         self.gradient_parts = self.flat.views(self.gradient)
         self.lr = Cell(torch.zeros_like(self.last_lr.tensor))
         self.size = Cell(self.gradient.new_zeros(()))
-        mailbox = torch.empty((), dtype=torch.int64, pin_memory=self.flat.device.type == "cuda")
+        mailbox = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=self.flat.device.type == "cuda")
         self._skips_on_host = Cell(mailbox.copy_(self.skipped.tensor), on_host=True)
         self._skips_before = self._skips_on_host.get()
 
@@ -143,19 +143,23 @@ class AsSaved:
         self.tensor = tensor
 
 
-def wrap(state: State) -> State:
-    return {
-        key: {name: AsSaved(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
-        for key, entry in state.items()
-    }
+def wrap(state: State, ids: set[int]) -> State:
+    """The saved state with the tensors of the parameters `ids` wrapped. Entries that hooks keep under keys of their own
+    are left alone."""
+
+    def wrapped(entry: dict[str, Any]) -> dict[str, Any]:
+        return {name: AsSaved(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+
+    return {key: wrapped(entry) if key in ids else entry for key, entry in state.items()}
 
 
 def unwrap(state: State) -> None:
     """Replaces every `AsSaved` by a copy of its tensor, in its saved dtype, on its parameter's device."""
     for p, entry in state.items():
-        for name, value in entry.items():
-            if isinstance(value, AsSaved):
-                entry[name] = value.tensor.detach().to(p.device, copy=True)
+        if isinstance(p, Tensor):
+            for name, value in entry.items():
+                if isinstance(value, AsSaved):
+                    entry[name] = value.tensor.detach().to(p.device, copy=True)
 
 
 def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:

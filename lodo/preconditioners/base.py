@@ -123,7 +123,7 @@ def random_permutations(layers: int, padded: int, generator: np.random.Generator
     """Uniformly random permutations, int32 of shape (layers, padded), on the CPU."""
     if padded >= 2**31:
         raise ValueError(f"random permutations reach 2**31 - 1 coordinates, got {padded}; use permutation='shuffle'")
-    rows = torch.empty(layers, padded, dtype=torch.int32)
+    rows = torch.empty(layers, padded, dtype=torch.int32, device="cpu")
     for row in rows:
         row.copy_(torch.from_numpy(generator.permutation(padded)))
     return rows
