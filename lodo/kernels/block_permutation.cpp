@@ -13,17 +13,17 @@
 //
 // No sum crosses a thread, so the results do not depend on the number of threads.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <memory>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <thread>
 
 namespace {
 
-constexpr int64_t kTileBytes = 16384; // of one tile (K rows of lanes): a thread's four fit the L2 cache and rows stay long enough to stream
+constexpr int64_t kTileBytes = 16384;      // K rows of lanes: a thread's four tiles fit the L2 cache, rows still stream
 constexpr int64_t kMinPerThread = 1 << 14; // numbers of theta per layer that make a second thread worth waking
+constexpr int kSpins = 2000;               // looks at a counter before a waiting thread offers its core to others
 
 template <typename T> struct Network {
   T *theta, *exp_avg, *exp_avg_sq; // exp_avg null: inner SGD
@@ -49,20 +49,50 @@ int team_size(int64_t layer_numbers, int threads) {
 #endif
 }
 
-// Calls body(begin, lanes) for the tiles that fall to the calling thread of the team, then waits for the others.
-template <typename Body> void for_tiles(int64_t width, int64_t tile, const Body &body) {
-#ifdef _OPENMP
-  const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-  const int64_t id = 0, team = 1;
-#endif
-  const int64_t tiles = (width + tile - 1) / tile;
-  const int64_t last = std::min(width, (tiles * (id + 1) / team) * tile);
-  for (int64_t begin = (tiles * id / team) * tile; begin < last; begin += tile)
-    body(begin, std::min(tile, last - begin));
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+// The tiles of one pass over a layer, shared by the threads of a team.
+struct alignas(64) Pass {
+  std::atomic<int64_t> taken{0}, done{0};
+};
+
+// A thread of the team. Passes follow one another: one begins when all tiles of the one before are done. Threads take
+// tiles as they come and wait for tiles, not for each other, so that a thread which the system has put aside (a busy
+// machine) holds up the others by one tile at most, where a barrier would hold them up in every layer.
+class Worker {
+public:
+  Worker(Pass *passes, int team) : pass_(passes), team_(team) {}
+
+  // Calls body(begin, lanes) for the tiles that this thread gets, and returns when all of them are done.
+  template <typename Body> void for_tiles(int64_t width, int64_t tile, const Body &body) {
+    const int64_t tiles = (width + tile - 1) / tile;
+    if (team_ == 1) {
+      for (int64_t begin = 0; begin < width; begin += tile) body(begin, std::min(tile, width - begin));
+      return;
+    }
+    Pass &pass = *pass_++;
+    for (int64_t i; (i = pass.taken.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
+      body(i * tile, std::min(tile, width - i * tile));
+      pass.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int spins = 0; pass.done.load(std::memory_order_acquire) < tiles; ++spins)
+      if (spins > kSpins) std::this_thread::yield();
+  }
+
+private:
+  Pass *pass_;
+  int team_;
+};
+
+// Runs body(worker, scratch) on a team of threads; scratch is `numbers` numbers of each thread's own.
+template <typename T, typename Body>
+void run(const Network<T> &net, int64_t passes, int64_t numbers, int threads, const Body &body) {
+  const int team = team_size(net.layer_numbers(), threads);
+  std::unique_ptr<Pass[]> shared(team > 1 ? new Pass[passes] : nullptr);
+#pragma omp parallel num_threads(team)
+  {
+    std::unique_ptr<T[]> scratch(new T[numbers]);
+    Worker worker(shared.get(), team);
+    body(worker, scratch.get());
+  }
 }
 
 // ---- between canonical memory and tiles of rows -------------------------------------------------------------------
@@ -197,9 +227,9 @@ void learn_tile(const Network<T> &net, int64_t offset, const Rates<T> &rates, in
 // ---- perfect shuffle ----------------------------------------------------------------------------------------------
 
 // Zero-pads v and applies the first shuffle; `from_network` below is the transpose of the two.
-template <typename T> void into_network(const Network<T> &net, const T *v, T *to) {
+template <typename T> void into_network(Worker &worker, const Network<T> &net, const T *v, T *to) {
   const int64_t K = net.block;
-  for_tiles(net.width, net.tile(), [&](int64_t begin, int64_t lanes) {
+  worker.for_tiles(net.width, net.tile(), [&](int64_t begin, int64_t lanes) {
     const int64_t whole = std::max<int64_t>(0, std::min(lanes, net.size / K - begin));
     split(v + begin * K, to + begin, K, net.width, whole);
     for (int64_t w = begin + whole; w < begin + lanes; ++w)
@@ -207,9 +237,9 @@ template <typename T> void into_network(const Network<T> &net, const T *v, T *to
   });
 }
 
-template <typename T> void from_network(const Network<T> &net, const T *from, T *v) {
+template <typename T> void from_network(Worker &worker, const Network<T> &net, const T *from, T *v) {
   const int64_t K = net.block;
-  for_tiles(net.width, net.tile(), [&](int64_t begin, int64_t lanes) {
+  worker.for_tiles(net.width, net.tile(), [&](int64_t begin, int64_t lanes) {
     const int64_t whole = std::max<int64_t>(0, std::min(lanes, net.size / K - begin));
     merge(from + begin, v + begin * K, K, net.width, whole);
     for (int64_t j = (begin + whole) * K; j < std::min(net.size, (begin + lanes) * K); ++j)
@@ -217,34 +247,34 @@ template <typename T> void from_network(const Network<T> &net, const T *from, T 
   });
 }
 
-template <typename T> void matvec_shuffle(const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
+template <typename T> void matvec_shuffle(Worker &worker, const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
   const int64_t K = net.block, D = net.dim(), tile = net.tile();
   T *x = work, *y = work + D;
-  into_network(net, v, x);
+  into_network(worker, net, v, x);
   for (int64_t l = 0; l < net.layers; ++l, std::swap(x, y))
-    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
       split(x + begin * K, scratch, K, tile, lanes);
       multiply(net.theta + l * net.layer_numbers(), net, begin, lanes, scratch, tile, y + begin, net.width, false);
     });
   for (int64_t l = net.layers; l-- > 0; std::swap(x, y))
-    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
       multiply(net.theta + l * net.layer_numbers(), net, begin, lanes, x + begin, net.width, scratch, tile, true);
       merge(scratch, y + begin * K, K, tile, lanes);
     });
-  from_network(net, x, out);
+  from_network(worker, net, x, out);
 }
 
 // work: one slot of two vectors for the input of each layer and one for the output of the last. Going back, the slot
 // of a layer's input takes that layer's back-propagated pair: the memory order is the one the layer below expects.
 template <typename T, bool kAdam>
-void learn_shuffle(const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
+void learn_shuffle(Worker &worker, const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
                    T *scratch) {
   const int64_t K = net.block, D = net.dim(), tile = net.tile(), area = K * tile;
   T *a = scratch, *c = a + area, *back_d = c + area, *back_e = back_d + area;
-  into_network(net, g, work);
-  into_network(net, m, work + D);
+  into_network(worker, net, g, work);
+  into_network(worker, net, m, work + D);
   for (int64_t l = 0; l < net.layers; ++l)
-    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
       T *x = work + 2 * D * l, *y = x + 2 * D;
       split(x + begin * K, a, K, tile, lanes);
       split(x + D + begin * K, c, K, tile, lanes);
@@ -252,7 +282,7 @@ void learn_shuffle(const Network<T> &net, const T *g, const T *m, T minus_lr, co
                    net.width);
     });
   for (int64_t l = net.layers; l-- > 0;)
-    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
       T *x = work + 2 * D * l, *y = x + 2 * D;
       const bool top = l == net.layers - 1; // where d comes from U m and e from U g
       split(x + begin * K, a, K, tile, lanes, minus_lr);
@@ -269,14 +299,14 @@ void learn_shuffle(const Network<T> &net, const T *g, const T *m, T minus_lr, co
 // ---- permutations given as indices --------------------------------------------------------------------------------
 // Two vectors travel as pairs (2 numbers side by side, canonical order), so that one random access moves both.
 
-template <typename T> void matvec_indexed(const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
+template <typename T> void matvec_indexed(Worker &worker, const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
   const int64_t K = net.block, D = net.dim(), tile = net.tile();
   T *x = work, *y = work + D, *rows_in = scratch, *rows_out = scratch + K * tile;
-  for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+  worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
     for (int64_t j = begin * K; j < (begin + lanes) * K; ++j) x[j] = j < net.size ? v[j] : T(0);
   });
   for (int64_t l = 0; l < net.layers; ++l, std::swap(x, y))
-    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
       const int32_t *perm = net.permutations + l * D + begin * K;
       for (int64_t t = 0; t < lanes; ++t)
         for (int64_t i = 0; i < K; ++i) rows_in[i * tile + t] = x[perm[t * K + i]];
@@ -284,33 +314,33 @@ template <typename T> void matvec_indexed(const Network<T> &net, const T *v, T *
       merge(rows_out, y + begin * K, K, tile, lanes);
     });
   for (int64_t l = net.layers; l-- > 0; std::swap(x, y))
-    for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
       const int32_t *perm = net.permutations + l * D + begin * K;
       split(x + begin * K, rows_in, K, tile, lanes);
       multiply(net.theta + l * net.layer_numbers(), net, begin, lanes, rows_in, tile, rows_out, tile, true);
       for (int64_t t = 0; t < lanes; ++t)
         for (int64_t i = 0; i < K; ++i) y[perm[t * K + i]] = rows_out[i * tile + t];
     });
-  for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
+  worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
     for (int64_t j = begin * K; j < std::min(net.size, (begin + lanes) * K); ++j) out[j] = x[j];
   });
 }
 
 // work: a planar slot of two vectors for the permuted input of each layer, then two buffers of pairs.
 template <typename T, bool kAdam>
-void learn_indexed(const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
+void learn_indexed(Worker &worker, const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
                    T *scratch) {
   const int64_t K = net.block, W = net.width, D = net.dim(), tile = net.tile(), area = K * tile;
   T *p = scratch, *q = p + area, *back_d = q + area, *back_e = back_d + area;
   T *x = work + 2 * D * net.layers, *y = x + 2 * D;
-  for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+  worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
     for (int64_t j = begin * K; j < (begin + lanes) * K; ++j) {
       x[2 * j] = j < net.size ? g[j] : T(0);
       x[2 * j + 1] = j < net.size ? m[j] : T(0);
     }
   });
   for (int64_t l = 0; l < net.layers; ++l, std::swap(x, y))
-    for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
       const int32_t *perm = net.permutations + l * D + begin * K;
       T *a = work + 2 * D * l + begin, *c = a + D;
       for (int64_t t = 0; t < lanes; ++t)
@@ -328,7 +358,7 @@ void learn_indexed(const Network<T> &net, const T *g, const T *m, T minus_lr, co
         }
     });
   for (int64_t l = net.layers; l-- > 0; std::swap(x, y))
-    for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+    worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
       const int32_t *perm = net.permutations + l * D + begin * K;
       const T *a = work + 2 * D * l + begin, *c = a + D;
       const bool top = l == net.layers - 1; // where d comes from U m and e from U g
@@ -351,24 +381,18 @@ void learn_indexed(const Network<T> &net, const T *g, const T *m, T minus_lr, co
 }
 
 template <typename T> void matvec(const Network<T> &net, const T *v, T *out, T *work, int threads) {
-  const int team = team_size(net.layer_numbers(), threads);
-#pragma omp parallel num_threads(team)
-  {
-    std::unique_ptr<T[]> scratch(new T[2 * net.block * net.tile()]);
-    if (net.permutations) matvec_indexed(net, v, out, work, scratch.get());
-    else matvec_shuffle(net, v, out, work, scratch.get());
-  }
+  run(net, 2 * net.layers + 2, 2 * net.block * net.tile(), threads, [&](Worker &worker, T *scratch) {
+    if (net.permutations) matvec_indexed(worker, net, v, out, work, scratch);
+    else matvec_shuffle(worker, net, v, out, work, scratch);
+  });
 }
 
 template <typename T, bool kAdam>
 void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &rates, T *work, int threads) {
-  const int team = team_size(net.layer_numbers(), threads);
-#pragma omp parallel num_threads(team)
-  {
-    std::unique_ptr<T[]> scratch(new T[4 * net.block * net.tile()]);
-    if (net.permutations) learn_indexed<T, kAdam>(net, g, m, -lr, rates, work, scratch.get());
-    else learn_shuffle<T, kAdam>(net, g, m, -lr, rates, work, scratch.get());
-  }
+  run(net, 2 * net.layers + 2, 4 * net.block * net.tile(), threads, [&](Worker &worker, T *scratch) {
+    if (net.permutations) learn_indexed<T, kAdam>(worker, net, g, m, -lr, rates, work, scratch);
+    else learn_shuffle<T, kAdam>(worker, net, g, m, -lr, rates, work, scratch);
+  });
 }
 
 } // namespace
