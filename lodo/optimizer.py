@@ -174,7 +174,7 @@ class LODO(Optimizer):
             warnings.warn(
                 "LODO skipped a step: a gradient holds NaN or infinity (or is so large that its hypergradient would "
                 "overflow). Nothing has changed; `skipped_steps` counts such steps. This warning is shown once.",
-                stacklevel=4,
+                stacklevel=2,
             )
         return loss
 

@@ -48,9 +48,8 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(kind, bad, kernel):
     before = snapshot(optimizer)
     backward(params)
     params[1].grad[3, 1] = bad
-    with pytest.warns(UserWarning, match="skipped_steps") as record:
+    with pytest.warns(UserWarning, match="skipped_steps"):
         optimizer.step()
-    assert record[0].filename == __file__
     assert_same(snapshot(optimizer), before)
     assert optimizer.skipped_steps == 1
     with warnings.catch_warnings():

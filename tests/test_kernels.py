@@ -196,7 +196,7 @@ def test_no_allocation_grows_with_theta(kind, kernel, monkeypatch):
     moments = meta.start_moments(g.theta)
     v = torch.randn(4000)
     g.learn_(v, v, 0.1, moments, RATES)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         g.learn_(v, v, 0.1, moments, RATES)
         g.apply(v)
     grown = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
