@@ -8,7 +8,6 @@ from torch import Tensor
 from lodo.preconditioners import Preconditioner
 
 
-@torch.no_grad()
 def hessian_error(
     preconditioner: Preconditioner,
     hvp: Callable[[Tensor], Tensor],
@@ -39,6 +38,6 @@ def hessian_error(
     for _ in range(samples):
         v = torch.randn(preconditioner.size, dtype=theta.dtype, device=theta.device, generator=generator)
         v /= torch.linalg.vector_norm(v)
-        residual = v - lr * preconditioner.matvec(hvp(v))
+        residual = v - lr * preconditioner.matvec(hvp(v).detach())
         total += float(torch.dot(residual, residual))
     return (total / samples) ** 0.5

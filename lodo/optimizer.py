@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lodo import meta, state
 from lodo.flat import check_parameters
 from lodo.preconditioners import BY_NAME, Preconditioner
-from lodo.scalars import Number, choose, is_tensor, largest
+from lodo.scalars import Number, choose, energy, is_tensor
 from lodo.step import judge, lodo_step
 
 
@@ -107,6 +107,9 @@ class LODO(Optimizer):
                 param_group = {**param_group, **learned.options}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for name in ("lr", "meta_lr", "beta", "weight_decay", "expansion"):
+            if not isinstance(group[name], Tensor | int):
+                group[name] = float(group[name])  # NumPy's numbers would not pass torch.load(weights_only=True)
         try:
             check_parameters(group["params"])
             if learned is not None:
@@ -164,7 +167,7 @@ class LODO(Optimizer):
             if group["maximize"]:
                 live.gradient.neg_()
             live.lr.set(group["lr"])
-        for group, live, (sound, idle) in zip(groups, states, _judge_all(states), strict=True):
+        for group, live, (sound, idle) in zip(groups, states, _judge_all(groups, states), strict=True):
             live.skipped.set(live.skipped.get() + (sound == 0))
             active = sound > idle
             if is_tensor(active) or active:
@@ -179,18 +182,14 @@ class LODO(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
-        lr, learning = live.lr.get(), group["meta_lr"] > 0
-        with_moments = learning and group["meta_optimizer"] == "adam"
-        if with_moments and live.moments is None:
-            live.moments = meta.start_moments(live.preconditioner.theta)
-            live.publish(self.state, group["params"])
-        if learning:
+        lr = live.lr.get()
+        if group["meta_lr"] > 0:
             live.meta_step.set(live.meta_step.get() + active)
         step = lodo_step(
             live.gradient,
             live.momentum,
             live.preconditioner,
-            live.moments if with_moments else None,
+            live.moments if _uses_moments(group) else None,
             live.meta_step.get(),
             live.last_lr.get(),
             lr,
@@ -241,10 +240,12 @@ class LODO(Optimizer):
         params = group["params"]
         live = self._live.get(params[0])
         if live is not None and live.is_bound_to(self.state, params):
-            return live
+            return live if live.moments or not _uses_moments(group) else self._keep(group, live)
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
+        if _uses_moments(group) and live.moments is None:
+            live.moments = meta.start_moments(live.preconditioner.theta)
         live.publish(self.state, group["params"])
         self._live[group["params"][0]] = live
         return live
@@ -263,6 +264,10 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
     return {**state_dict, "state": state.wrap(state_dict["state"], ids)}
 
 
+def _uses_moments(group: dict[str, Any]) -> bool:
+    return bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
+
+
 def _has_gradients(params: Iterable[Tensor]) -> bool:
     """Whether any parameter with elements has a gradient. Refuses sparse ones before anything has changed."""
     found = False
@@ -274,9 +279,12 @@ def _has_gradients(params: Iterable[Tensor]) -> bool:
     return found
 
 
-def _judge_all(states: list[state.GroupState]) -> list[tuple[Number, Number]]:
+def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> list[tuple[Number, Number]]:
     """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not."""
-    verdicts = [judge(largest(live.gradient, live.size), live.lr.get(), live.flat.dtype) for live in states]
+    verdicts = [
+        judge(energy(live.gradient, live.energy), live.lr.get(), live.flat.dtype, _uses_moments(group))
+        for group, live in zip(groups, states, strict=True)
+    ]
     on_device: dict[torch.device, Number] = {}
     for live, (sound, _) in zip(states, verdicts, strict=True):
         on_device[live.flat.device] = sound & on_device.get(live.flat.device, True)

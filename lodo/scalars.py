@@ -1,4 +1,4 @@
-"""The few numbers that steer a step (lr, step count, largest gradient, ...), wherever they can be read for free.
+"""The few numbers that steer a step (lr, step count, size of the gradient, ...), wherever they can be read for free.
 
 On the CPU they are plain Python floats: arithmetic on 0-dim tensors would cost more than a small network's whole
 step. On an accelerator they stay 0-dim tensors, because reading one back would make the host wait. Formulas over
@@ -18,31 +18,40 @@ def is_tensor(number: Number) -> TypeGuard[Tensor]:
     return isinstance(number, Tensor)
 
 
-class Cell:
-    """A 0-dim tensor, part of the optimizer's state, read and written as a `Number`."""
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
-    def __init__(self, tensor: Tensor, on_host: bool | None = None) -> None:
-        """`on_host` says whether numbers are plain; by default where the tensor is on the CPU."""
+
+class Cell:
+    """A 0-dim tensor, part of the optimizer's state, read and written as a `Number`.
+
+    Nothing is cached: the memory behind a tensor may be exchanged, as when it is sent to another process.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self._view = tensor.numpy() if (tensor.device.type == "cpu" if on_host is None else on_host) else None
+        self._is_readable = is_readable(tensor)
 
     def get(self) -> Number:
         """The value; a tensor is the cell itself, not a copy."""
-        return self.tensor if self._view is None else self._view[()].tolist()
+        return self.tensor.numpy().tolist() if self._is_readable else self.tensor
 
     def set(self, value: Number) -> None:
-        """Writes a plain number or a one-element tensor."""
-        if is_tensor(value):
-            self.tensor.copy_(value.reshape(()))
-        elif self._view is None:
-            self.tensor.fill_(value)
+        """Writes a plain number or a one-element tensor; one on the CPU is read, so that no device is waited for."""
+        if is_tensor(value) and value.device.type != "cpu":
+            self.tensor.copy_(value.detach().reshape(()))
         else:
-            self._view[()] = value
+            number = value.detach().reshape(()).numpy().tolist() if is_tensor(value) else value
+            if self._is_readable:
+                self.tensor.numpy()[()] = number
+            else:
+                self.tensor.fill_(number)
 
 
-def largest(vector: Tensor, out: Cell) -> Number:
-    """The largest magnitude in `vector`, NaN if it holds one, as the number in `out`."""
-    torch.linalg.vector_norm(vector, ord=torch.inf, out=out.tensor)
+def energy(vector: Tensor, out: Cell) -> Number:
+    """The sum of squares of `vector`, NaN or infinite if it holds such a number, as the number in `out`."""
+    torch.dot(vector, vector, out=out.tensor)
     return out.get()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lodo import meta
 from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
-from lodo.scalars import Cell, is_tensor
+from lodo.scalars import Cell
 
 FORMAT = 1
 GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
@@ -43,51 +43,57 @@ class GroupState:
     gradient: Tensor = field(init=False)
     gradient_parts: list[Tensor] = field(init=False)
     lr: Cell = field(init=False)
-    size: Cell = field(init=False)
+    energy: Cell = field(init=False)
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()
         self.gradient_parts = self.flat.views(self.gradient)
         self.lr = Cell(torch.zeros_like(self.last_lr.tensor))
-        self.size = Cell(self.gradient.new_zeros(()))
-        mailbox = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=self.flat.device.type == "cuda")
-        self._skips_on_host = Cell(mailbox.copy_(self.skipped.tensor), on_host=True)
-        self._skips_before = self._skips_on_host.get()
+        self.energy = Cell(self.gradient.new_zeros(()))
+        pinned = self.flat.device.type == "cuda"
+        self._mailbox = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=pinned).copy_(self.skipped.tensor)
+        self._skips_before = self._mailbox.numpy().tolist()
+        first = self.momentum.data_ptr()
+        self._offsets = [part.data_ptr() - first for part in self.momentum_parts]
 
     def has_new_skips(self) -> bool:
         """Whether steps were skipped since this state was made.
 
         On CUDA the count comes in by itself, some steps late: the host reads what has arrived and never waits.
         """
-        if is_tensor(self.skipped.get()):
-            self._skips_on_host.tensor.copy_(self.skipped.tensor, non_blocking=True)
-        else:
-            self._skips_on_host = self.skipped
-        return bool(self._skips_on_host.get() > self._skips_before)
+        self._mailbox.copy_(self.skipped.tensor, non_blocking=True)
+        return bool(self._mailbox.numpy() > self._skips_before)
 
     def is_bound_to(self, state: State, params: list[Tensor]) -> bool:
         """Whether `state` still holds these very tensors and the parameters have not been cast or moved."""
-        held = state[params[0]].get("theta") is self.preconditioner.theta and self.flat.fits(params)
-        return held and all(
-            state[p].get("momentum") is part for p, part in zip(params, self.momentum_parts, strict=True)
+        entry = state[params[0]]
+        if not self.flat.fits(params) or any(entry.get(name) is not value for name, value in self.shared().items()):
+            return False
+        first = self.momentum.data_ptr()
+        return all(
+            state[p].get("momentum") is part and part.data_ptr() - first == offset
+            for p, part, offset in zip(params, self.momentum_parts, self._offsets, strict=True)
         )
+
+    def shared(self) -> dict[str, Tensor]:
+        """The tensors that lie in the state of the group's first parameter, by name."""
+        tensors = {
+            "theta": self.preconditioner.theta,
+            "meta_step": self.meta_step.tensor,
+            "last_lr": self.last_lr.tensor,
+            "skipped": self.skipped.tensor,
+        }
+        if self.preconditioner.permutations_stored is not None:
+            tensors["permutations"] = self.preconditioner.permutations_stored
+        if self.moments is not None:
+            tensors.update(zip(MOMENT_KEYS, self.moments, strict=True))
+        return tensors
 
     def publish(self, state: State, params: list[Tensor]) -> None:
         """Puts the tensors into `optimizer.state`."""
         for p, part in zip(params, self.momentum_parts, strict=True):
             state[p]["momentum"] = part
-        entry = state[params[0]]
-        entry.update(
-            format=FORMAT,
-            theta=self.preconditioner.theta,
-            meta_step=self.meta_step.tensor,
-            last_lr=self.last_lr.tensor,
-            skipped=self.skipped.tensor,
-        )
-        if self.preconditioner.permutations_stored is not None:
-            entry["permutations"] = self.preconditioner.permutations_stored
-        if self.moments is not None:
-            entry.update(zip(MOMENT_KEYS, self.moments, strict=True))
+        state[params[0]].update(self.shared(), format=FORMAT)
 
 
 def start(group: dict[str, Any], learned: Preconditioner | None = None) -> GroupState:
@@ -115,8 +121,16 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
     """Live state over what `state` holds for a group, moved and cast where the parameters have been.
 
     A change between float32 and float64 parameters converts network and momentum accordingly.
+
+    Raises:
+        RuntimeError: if the group has other parameters than its state was made for.
     """
     params = group["params"]
+    if any("momentum" not in state.get(p, ()) or state[p]["momentum"].shape != p.shape for p in params):
+        raise RuntimeError(
+            "the parameters of a param group have changed since its first step, and its network acts on those it had; "
+            "use add_param_group for new ones"
+        )
     flat = FlatParameters(params)
     entry = state[params[0]]
     momentum = flat.new_vector()
@@ -179,6 +193,8 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
         entries = [saved["state"].get(key, {}) for key in saved_group["params"]]
         if any(entries):
             _check_group(f"param group {index}", entries, group)
+            # The saved options will replace the present ones, so they have to describe the saved network too.
+            _check_group(f"param group {index}", entries, {**group, **saved_group, "params": group["params"]})
 
 
 def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
@@ -225,5 +241,7 @@ def _check_permutations(where: str, value: Any, size: int, group: dict[str, Any]
     if shape is None:
         return
     _check_tensor(f"{where}: permutations", value, shape, torch.int32)
-    if value.numel() and not 0 <= value.min() <= value.max() < shape[1]:
-        raise ValueError(f"{where}: permutations must be from 0 to {shape[1] - 1} in the saved state")
+    for row in value:
+        seen = torch.zeros(shape[1], dtype=torch.bool, device="cpu")
+        if not 0 <= row.min() <= row.max() < shape[1] or not seen.index_fill_(0, row.cpu().long(), True).all():
+            raise ValueError(f"{where}: each row of permutations must hold 0 to {shape[1] - 1} once in the saved state")

@@ -61,12 +61,13 @@ def lodo_step(
     return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
 
 
-def judge(size: Number, lr: Number, dtype: torch.dtype) -> tuple[Number, Number]:
-    """Whether a gradient is sound, and whether the call is idle, from the gradient's largest magnitude.
+def judge(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:
+    """Whether a gradient is sound, and whether the call is idle, from the gradient's sum of squares.
 
-    Sound: all finite, and not so large that the square of a hypergradient of its size would overflow, which would stay
-    in the inner Adam's second moment for good. Idle: zero, with lr = 0, which is how distributed checkpointing makes an
-    optimizer create its state; such a call must change nothing.
+    Sound: all finite; and where the inner optimizer squares the hypergradient, which is of order lr |g| |m|, not so
+    large that the square would overflow and stay in its second moment for good. Idle: zero, with lr = 0, which is
+    how distributed checkpointing makes an optimizer create its state; such a call must change nothing.
     """
-    product = size * size * lr
-    return product * product <= torch.finfo(dtype).max, size + lr == 0
+    size = energy * (lr + 1)  # one of the next steps may have a larger lr than this one, in a warm-up say
+    largest = torch.finfo(dtype).max
+    return (size * size if is_squared else energy) <= largest, energy + lr == 0

@@ -5,8 +5,10 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import resume
 import torch
@@ -168,6 +170,11 @@ def edit(saved, **changes):
     return saved
 
 
+def with_option(saved, **options):
+    saved["param_groups"][0].update(options)
+    return saved
+
+
 def adam_state():
     model, *_ = resume.build("default")
     adam = torch.optim.Adam(model.parameters())
@@ -195,7 +202,17 @@ REFUSED = [
     (
         "indices out of range",
         lambda: edit(trained_state(), permutations=trained_state()["state"][0]["permutations"] + 1),
-        "permutations must be from 0 to",
+        "each row of permutations must hold 0 to",
+    ),
+    (
+        "indices twice",
+        lambda: edit(trained_state(), permutations=trained_state()["state"][0]["permutations"] // 2),
+        "each row of permutations must hold 0 to",
+    ),
+    (
+        "options of another network",
+        lambda: with_option(trained_state(), permutation="shuffle"),
+        "permutation='shuffle'",
     ),
     ("count", lambda: edit(trained_state(), meta_step=torch.zeros(2)), "meta_step has shape"),
     ("integers for theta", lambda: edit(trained_state(), theta=trained_state()["state"][0]["theta"].int()), "int32"),
@@ -241,3 +258,79 @@ def test_users_load_hooks_come_first_and_post_hooks_see_the_loaded_state():
     saved["state"] = {key: {f"old_{k}": v for k, v in entry.items()} for key, entry in saved["state"].items()}
     other.load_state_dict(saved)
     assert torch.equal(seen[0], optimizer.preconditioners[0].theta)
+
+
+def fresh_pair(model):
+    copied = copy.deepcopy(model)
+    return copied, lodo.LODO(copied.parameters(), lr=0.1, meta_lr=1e-2, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints_keep_everything(tmp_path, flat):
+    """The template that torch.distributed.checkpoint loads into comes from a probing step: it must have every entry."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    options = dsd.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about running without a process group
+        saved = {"optimizer": dsd.get_optimizer_state_dict(model, optimizer, options=options)}
+        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        other_model, other = fresh_pair(model)
+        template = {"optimizer": dsd.get_optimizer_state_dict(other_model, other, options=options)}
+        dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+        dsd.set_optimizer_state_dict(other_model, other, template["optimizer"], options=options)
+    resume.run(*run, begin=resume.STEPS)
+    resume.run(other_model, other, None, begin=resume.STEPS)
+    assert_same(other_model.state_dict(), model.state_dict())
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("exchange", ["share_memory", "data"])
+def test_memory_of_the_state_may_be_exchanged_behind_its_tensors(exchange):
+    """As when a state dict is sent to a process that writes it, or offloaded."""
+    model, optimizer, _ = run = resume.build("default")
+    other_model, other = fresh_pair(model)
+    for step in range(4):
+        for entry in list(optimizer.state.values()):
+            for value in entry.values():
+                if isinstance(value, torch.Tensor) and exchange == "share_memory":
+                    value.share_memory_()
+                elif isinstance(value, torch.Tensor):
+                    value.data = value.data.clone()
+        resume.run(*run, begin=step, steps=1)
+        resume.run(other_model, other, None, begin=step, steps=1)
+    assert_same(optimizer.state_dict()["state"], other.state_dict()["state"])
+    assert_same(model.state_dict(), other_model.state_dict())
+
+
+def test_replaced_state_is_used():
+    model, optimizer, _ = run = resume.build("default")
+    resume.run(*run, begin=0)
+    other_model, other = copy.deepcopy((model, optimizer))
+    for entry in other.state.values():
+        for name, value in entry.items():
+            entry[name] = value.clone() if isinstance(value, torch.Tensor) else value
+    resume.run(*run, begin=resume.STEPS)
+    resume.run(other_model, other, None, begin=resume.STEPS)
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def test_numpy_numbers_among_the_options_are_saved_as_plain_ones():
+    x = nn.Parameter(torch.ones(3))
+    optimizer = lodo.LODO([x], lr=np.float64(0.1), beta=np.float32(0.5), expansion=np.float64(2))
+    loaded = through_file(optimizer.state_dict())
+    assert loaded["param_groups"][0]["lr"] == 0.1
+    assert type(loaded["param_groups"][0]["beta"]) is float
+
+
+def test_a_parameter_slipped_into_a_group_is_noticed():
+    x, y = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = lodo.LODO([x])
+    x.grad = y.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(y)
+    with pytest.raises(RuntimeError, match="use add_param_group"):
+        optimizer.step()

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo
 from oracle import KINDS, learned, quadratic
 from torch import nn
 
@@ -543,6 +544,7 @@ def test_a_model_may_be_cast_between_steps(dtype):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
 @pytest.mark.parametrize("compiled", ["model", "train_step"])
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiled_models_and_training_steps(compiled):
     """The optimizer runs eagerly inside a compiled training step, once per step and without recompilation."""
     torch.compiler.reset()

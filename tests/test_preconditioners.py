@@ -220,3 +220,15 @@ def test_hessian_error_is_the_frobenius_norm():
     assert lodo.hessian_error(exact, lambda v: 4 * v, lr=0.125) == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         lodo.hessian_error(exact, lambda v: v, samples=0)
+
+
+def test_hessian_error_takes_products_made_by_autograd():
+    x = torch.arange(1.0, 6.0, dtype=torch.float64, requires_grad=True)
+
+    def hvp(v):
+        (gradient,) = torch.autograd.grad((x**4).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient @ v, x)[0]
+
+    inverse = lodo.Diagonal(1 / (12 * x.detach() ** 2))
+    assert lodo.hessian_error(inverse, hvp) == pytest.approx(0, abs=1e-12)
+    assert lodo.hessian_error(inverse, hvp, lr=0.5) == pytest.approx(0.5)

@@ -1,7 +1,7 @@
 """The arithmetic of the block-diagonal x permutation network, by the fastest kernel that takes the tensors given.
 
 Two verbs: `matvec` applies U^T U, `learn_` takes one inner step along the hypergradient. `work` is scratch memory of
-`work_size(theta, learning)` numbers, of theta's dtype, or None where the kernel needs none.
+`work_size` numbers, of theta's dtype, or None where the kernel needs none.
 """
 
 from torch import Tensor
@@ -11,12 +11,13 @@ from lodo.kernels import native, reference
 from lodo.scalars import Number
 
 
-def work_size(theta: Tensor, learning: bool) -> int:
+def work_size(theta: Tensor, permutations: Tensor | None, learning: bool) -> int:
     """How many numbers of scratch memory a call needs; 0 where the plain kernels will run."""
     if not native.available(theta):
         return 0
     layers, block, _, width = theta.shape
-    return 2 * block * width * (layers + 2 if learning else 1)
+    vectors = 1 if not learning else layers + 1 if permutations is None else layers + 2
+    return 2 * block * width * vectors
 
 
 def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor | None) -> Tensor:

@@ -397,7 +397,7 @@ void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &
 
 } // namespace
 
-// work: 2 * D (matvec) or 2 * D * (layers + 2) numbers (learn).
+// work: 2 * D numbers (matvec), or 2 * D * (layers + 2) (learn; layers + 1 for the shuffle).
 #define LODO_ENTRY_POINTS(T, SUFFIX)                                                                                   \
   extern "C" void lodo_matvec_##SUFFIX(T *theta, const int32_t *permutations, const T *v, T *out, T *work,             \
                                        int64_t layers, int64_t block, int64_t width, int64_t size, int threads) {      \

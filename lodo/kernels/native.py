@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -46,12 +47,23 @@ def _load() -> ctypes.CDLL | None:
     if compiler is None:
         log.info("no C++ compiler found: LODO runs its plain torch kernels")
         return None
-    for extra in EXTRA_FLAGS:
-        try:
-            return _declare(ctypes.CDLL(str(_build(compiler, (*BASE_FLAGS, *extra)))))
-        except (OSError, subprocess.SubprocessError) as error:
-            log.info("building the CPU kernels with %s failed: %s", extra, error)
+    try:
+        with tempfile.TemporaryDirectory(prefix="lodo-") as private:  # where the cache cannot be used; gone once loaded
+            for folder in filter(None, (_cache_folder(), Path(private))):
+                for extra in EXTRA_FLAGS:
+                    if loaded := _build_and_load(compiler, (*BASE_FLAGS, *extra), folder):
+                        return loaded
+    except OSError as error:
+        log.info("no temporary folder: %s", error)
     return None
+
+
+def _build_and_load(compiler: str, flags: tuple[str, ...], folder: Path) -> ctypes.CDLL | None:
+    try:
+        return _declare(ctypes.CDLL(str(_build(compiler, flags, folder))))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.info("building the CPU kernels in %s with %s failed: %s", folder, flags, error)
+        return None
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
@@ -73,13 +85,13 @@ def _compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def _build(compiler: str, flags: tuple[str, ...]) -> Path:
-    """Path of the library for this source, compiler and processor, compiled now if it is not in the cache."""
+def _build(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
+    """Path in `folder` of the library for this source, compiler and processor, compiled now if it is not there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     key = b"\0".join((SOURCE.read_bytes(), version, " ".join(flags).encode(), _processor().encode()))
-    path = _cache_folder() / f"{SOURCE.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
+    path = folder / f"{SOURCE.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
     if not path.exists():
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
             command = [compiler, *flags, "-o", temporary, str(SOURCE)]
@@ -100,15 +112,16 @@ def _processor() -> str:
     return platform.machine() + "".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lodo"
+def _cache_folder() -> Path | None:
+    """The folder for built libraries, None where there is none that only this user can write to."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lodo"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="lodo-"))  # private to this process: nobody else can have put a library there
+        status = folder.stat()
+    except (OSError, RuntimeError):  # no home, or not ours to write to
+        return None
+    is_private = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if is_private and os.access(folder, os.W_OK) else None
 
 
 def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor) -> Tensor:
@@ -129,7 +142,7 @@ def learn_(
     rates: meta.Rates,
     work: Tensor,
 ) -> None:
-    """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers."""
+    """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers, N + 1 for the shuffle."""
     exp_avg, exp_avg_sq = moments or (None, None)
     tensors = (theta, exp_avg, exp_avg_sq, permutations, g, m, work)
     _call("learn", theta, g.numel(), tensors, lr, *rates, meta.EPS)

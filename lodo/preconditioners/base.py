@@ -99,7 +99,8 @@ class Preconditioner(ABC):
 
 def as_theta(name: str, value: Any, dims: int) -> Tensor:
     """A detached copy of a learned tensor that a user gives, checked: `dims` dimensions, float32 or float64."""
-    tensor = torch.as_tensor(value).detach().clone(memory_format=torch.contiguous_format)
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
     if tensor.dtype not in (torch.float32, torch.float64):
@@ -109,7 +110,7 @@ def as_theta(name: str, value: Any, dims: int) -> Tensor:
 
 def as_permutations(value: Any, layers: int, padded: int, device: torch.device) -> Tensor:
     """A checked int32 copy of index permutations of shape (layers, padded)."""
-    tensor = torch.as_tensor(value).to(device)
+    tensor = (value if isinstance(value, Tensor) else torch.as_tensor(value)).to(device)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"permutations must be integers, got {tensor.dtype}")
     if tensor.shape != (layers, padded):

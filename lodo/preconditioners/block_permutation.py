@@ -1,5 +1,7 @@
 """LODO's network: U = B_N P_N ... B_1 P_1 of block-diagonal and permutation layers (paper, section 3)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -44,11 +46,10 @@ class BlockPermutation(Preconditioner):
         layers, width, block, columns = blocks.shape
         if block != columns or block == 0 or width == 0:
             raise ValueError(f"blocks must have shape (N, n~ / k, k, k), got {tuple(blocks.shape)}")
-        indices: Tensor | None = as_permutations(permutations, layers, width * block, blocks.device)
-        shuffled = shuffle(width * block, block, blocks.device).expand(layers, -1)
-        if layers == 0 or torch.equal(torch.as_tensor(indices), shuffled):
-            indices = None
-        super().__init__(blocks.permute(0, 2, 3, 1).contiguous(), indices, check_size(size, width * block))
+        indices = as_permutations(permutations, layers, width * block, blocks.device)
+        is_shuffle = torch.equal(indices, shuffle(width * block, block, blocks.device).to(indices).expand(layers, -1))
+        theta = blocks.permute(0, 2, 3, 1).contiguous()
+        super().__init__(theta, None if is_shuffle else indices, check_size(size, width * block))
 
     @classmethod
     def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
@@ -101,21 +102,25 @@ class BlockPermutation(Preconditioner):
         return self.permutations_stored.to(torch.int64)
 
     def apply(self, v: Tensor) -> Tensor:
-        return kernels.matvec(self.theta, self.permutations_stored, v, self._scratch(learning=False))
+        with self._scratch(learning=False) as scratch:
+            return kernels.matvec(self.theta, self.permutations_stored, v, scratch)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        scratch = self._scratch(learning=True)
-        kernels.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, scratch)
+        with self._scratch(learning=True) as scratch:
+            kernels.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, scratch)
 
-    def _scratch(self, learning: bool) -> Tensor | None:
-        """Scratch memory for the kernels, kept between steps; None where they need none."""
-        numbers = kernels.work_size(self.theta, learning)
-        if numbers == 0:
-            return None
-        kept: Tensor | None = self.__dict__.get("_kept_scratch")
-        if kept is None or kept.numel() < numbers:
-            kept = self._kept_scratch = self.theta.new_empty(numbers)
-        return kept
+    @contextmanager
+    def _scratch(self, learning: bool) -> Iterator[Tensor | None]:
+        """Scratch memory for the kernels, kept between calls; None where they need none.
+
+        It is taken out while it is in use, so that a call from another thread gets its own.
+        """
+        numbers = kernels.work_size(self.theta, self.permutations_stored, learning)
+        kept: Tensor | None = self.__dict__.pop("_kept_scratch", None)
+        if numbers and (kept is None or kept.numel() < numbers):
+            kept = self.theta.new_empty(numbers)
+        yield kept if numbers else None
+        self._kept_scratch = kept
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept_scratch"}
