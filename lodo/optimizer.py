@@ -282,7 +282,7 @@ def _has_gradients(params: Iterable[Tensor]) -> bool:
 def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> list[tuple[Number, Number]]:
     """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not."""
     verdicts = [
-        judge(energy(live.gradient, live.energy), live.lr.get(), live.flat.dtype, _uses_moments(group))
+        judge(energy(live.gradient), live.lr.get(), live.flat.dtype, _uses_moments(group))
         for group, live in zip(groups, states, strict=True)
     ]
     on_device: dict[torch.device, Number] = {}

@@ -49,10 +49,9 @@ class Cell:
                 self.tensor.fill_(number)
 
 
-def energy(vector: Tensor, out: Cell) -> Number:
-    """The sum of squares of `vector`, NaN or infinite if it holds such a number, as the number in `out`."""
-    torch.dot(vector, vector, out=out.tensor)
-    return out.get()
+def energy(vector: Tensor) -> Number:
+    """The sum of squares of `vector`; NaN or infinite if it holds such a number."""
+    return Cell(torch.dot(vector, vector)).get()
 
 
 def choose(condition: Number, yes: Number, no: Number) -> Number:

@@ -43,13 +43,11 @@ class GroupState:
     gradient: Tensor = field(init=False)
     gradient_parts: list[Tensor] = field(init=False)
     lr: Cell = field(init=False)
-    energy: Cell = field(init=False)
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()
         self.gradient_parts = self.flat.views(self.gradient)
         self.lr = Cell(torch.zeros_like(self.last_lr.tensor))
-        self.energy = Cell(self.gradient.new_zeros(()))
         pinned = self.flat.device.type == "cuda"
         self._mailbox = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=pinned).copy_(self.skipped.tensor)
         self._skips_before = self._mailbox.numpy().tolist()

@@ -226,7 +226,7 @@ def test_cells_and_numbers(monkeypatch):
         assert float(cell.tensor) == 3.0
         cell.set(4.0)
         assert float(cell.tensor) == 4.0
-    assert energy(torch.tensor([1.0, -7.0]), host) == 50.0
+    assert energy(torch.tensor([1.0, -7.0])) == 50.0
     assert choose(False, 1.0, 2.0) == 2.0
     assert choose(torch.tensor(True), torch.tensor(1.0), torch.tensor(2.0)) == 1.0
 
