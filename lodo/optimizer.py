@@ -168,18 +168,23 @@ class LODO(Optimizer):
                 live.gradient.neg_()
             live.lr.set(group["lr"])
         for group, live, (sound, idle) in zip(groups, states, _judge_all(groups, states), strict=True):
-            live.skipped.set(live.skipped.get() + (sound == 0))
+            if is_tensor(sound) or not sound:
+                live.skipped.set(live.skipped.get() + (sound == 0))
+                self._notice_skips(live)
             active = sound > idle
             if is_tensor(active) or active:
                 self._step_group(group, live, active)
-        if not self._has_warned and any(live.has_new_skips() for live in states):
+        return loss
+
+    def _notice_skips(self, live: state.GroupState) -> None:
+        """Warns at the first skipped step that the host knows of."""
+        if not self._has_warned and live.has_new_skips():
             self._has_warned = True
             warnings.warn(
                 "LODO skipped a step: a gradient holds NaN or infinity (or is so large that its hypergradient would "
                 "overflow). Nothing has changed; `skipped_steps` counts such steps. This warning is shown once.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return loss
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
         lr = live.lr.get()

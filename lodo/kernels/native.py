@@ -151,6 +151,6 @@ def learn_(
 def _call(name: str, theta: Tensor, size: int, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
     """Calls an entry point for theta's dtype with contiguous tensors, the network's shape, threads and numbers."""
     layers, block, _, width = theta.shape
-    function = getattr(library(), f"lodo_{name}_{SUFFIX[theta.dtype]}")
+    function = getattr(_load(), f"lodo_{name}_{SUFFIX[theta.dtype]}")
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     function(*pointers, layers, block, width, size, torch.get_num_threads(), *numbers)
