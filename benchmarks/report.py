@@ -99,6 +99,7 @@ def command_of(args: argparse.Namespace) -> str:
     sizes = " ".join(str(n) for n in args.sizes if n <= args.max_n)
     options = " ".join(f"--{name} {getattr(args, name):g}" for name in ("rounds", "repetitions", "seconds", "threads"))
     more = f" --device {args.device}" * (args.device != "cpu") + " --compile" * args.compile
+    more += f" --only {' '.join(args.only)}" * (args.only != [""])
     return f"python -m benchmarks.step_time --sizes {sizes} {options}{more}"
 
 

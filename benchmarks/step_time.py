@@ -408,6 +408,7 @@ def measure(batch: Sequence[Config], n: int, dtype: torch.dtype, args: argparse.
 def measure_size(n: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Figures and notes of all configurations at one size, by name, in their order."""
     wanted = [config for config in configs(args.compile, args.device) if chosen(config, n, dtype)]
+    wanted = [config for config in wanted if any(name in config.name for name in args.only)]
     results: dict[str, dict[str, Any]] = {config.name: {} for config in wanted}
     runnable = []
     for config in wanted:
@@ -455,6 +456,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--compile", action="store_true", help="add LODO's plain path under torch.compile (slow)")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="optimizers with these in their names")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--probe", help=argparse.SUPPRESS)  # prints `peak_per_param` of this optimizer
     return parser.parse_args(argv)

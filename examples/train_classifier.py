@@ -56,8 +56,8 @@ class Task:
     lr: dict[str, float]
 
 
-# The learning rates are the best of a grid for each optimizer: lowest mean loss over the last tenth of the steps, three
-# seeds. Where the loss ends after the last step says less about a rate that is nearly too large.
+# The learning rates are the best of a grid for each optimizer, by the mean loss over the last tenth of the steps: where
+# the loss ends after the last step says less about a rate that is nearly too large. The grids are in README.md.
 TASKS = {
     "digits": Task("scikit-learn's digits", (64,), 1000, 64, lr={"lodo": 3.0, "adamw": 2e-2, "sgd": 0.25}),
     "mnist": Task("MNIST", (128,), 2000, 128, lr={"lodo": 0.5, "adamw": 2e-3, "sgd": 0.05}),
