@@ -1,6 +1,6 @@
 """The inner optimizer: what moves theta, the parameters of the preconditioner, along the hypergradient h.
 
-Adam in the authors' form (paper, Algorithm 1 and Appendix; betas 0.9 and 0.999, eps 1e-7):
+Adam in the authors' form (paper, Algorithm 1; betas 0.9 and 0.999, eps 1e-7):
 
     M <- b1 M + (1 - b1) h        V <- b2 V + (1 - b2) h^2
     theta <- theta - meta_lr * sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps)

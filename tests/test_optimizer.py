@@ -408,7 +408,6 @@ def test_a_transplanted_network_goes_on_learning():
     source = lodo.LODO(model.parameters(), lr=0.2, expansion=1.7)
     train(model, source, 5)
     g = source.preconditioners[0]
-    optimizer = lodo.LODO(mlp().parameters(), lr=0.2, preconditioner=g)
     model = mlp()
     optimizer = lodo.LODO(model.parameters(), lr=0.2, preconditioner=g)
     before = learned(g)
