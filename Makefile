@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check paper bench clean
 
 demo: $(VENV)/ready  ## train a classifier with LODO, AdamW and SGD side by side
 	$(BIN)/python -m examples.train_classifier $(ARGS)
@@ -18,6 +18,9 @@ check: $(VENV)/ready  ## linters, type checker, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+paper: $(VENV)/ready  ## run an experiment of the paper: make paper ARGS="bowl --workers 2"
+	$(BIN)/python -m examples.paper $(ARGS)
 
 bench: $(VENV)/ready  ## measure the step time
 	$(BIN)/pip install --quiet -e ".[benchmarks]"

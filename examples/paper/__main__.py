@@ -1,0 +1,123 @@
+"""Runs the paper's experiments: `python -m examples.paper bowl` searches, trains and reports.
+
+`--help` lists what can be shortened.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from examples.paper.experiments import EXPERIMENTS, Experiment, Generation
+from examples.paper.optimizers import entry
+from examples.paper.plan import Plan, read_tuned, sweep_jobs, training_jobs
+from examples.paper.runs import Place, run_all
+
+STAGES = ("search", "train", "sweep", "report")
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
+    parser = argparse.ArgumentParser(prog="python -m examples.paper", description=__doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, of search, train, sweep, report")
+    parser.add_argument("--optimizers", help="comma-separated; all of the experiment's unless given")
+    parser.add_argument("--out", type=Path, help="folder of all results; out/paper/EXPERIMENT unless given")
+    parser.add_argument("--data-root", type=Path, help="folder with MNIST's or CIFAR-10's files")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes for searches and runs")
+    parser.add_argument("--threads", type=int, help="of each process; the machine's cores, shared out, unless given")
+    parser.add_argument("--steps", type=int, help="of each training run")
+    parser.add_argument("--runs", type=int, help="training runs of each optimizer, at seeds 0, 1, ...")
+    parser.add_argument("--validate-every", type=int, help="in steps")
+    parser.add_argument("--batch-size", type=int, help="of the image tasks")
+    parser.add_argument("--validation-images", type=int, help="of the image tasks")
+    parser.add_argument("--sweep-steps", type=int, help="of each run of a sweep; as --steps unless given")
+    parser.add_argument("--sweep-runs", type=int, help="runs of each point of a sweep; as --runs unless given")
+    parser.add_argument("--trials", type=int, help="individuals of each generation of the search")
+    parser.add_argument("--generations", type=int, help="fewer generations, picked evenly from the schedule")
+    parser.add_argument("--search-steps", type=int, help="an upper limit to the steps of each run of the search")
+    parser.add_argument("--sampler", choices=("genetic", "tpe", "random", "qmc", "nsga2"), default="genetic")
+    parser.add_argument("--storage", help="Optuna's database URL or journal file, to share a search among machines")
+    options = parser.parse_args(arguments)
+    stages = tuple(options.stages.split(","))
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"--stages must be of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    for name in ("workers", "threads", "steps", "runs", "batch_size", "sweep_steps", "sweep_runs", "generations"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    try:
+        return make_plan(options), stages
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    experiment = shaped(EXPERIMENTS[options.experiment], options)
+    names = tuple(options.optimizers.split(",")) if options.optimizers else experiment.optimizers
+    for name in names:
+        entry(name)
+    out = options.out or Path("out") / "paper" / experiment.name
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    return Plan(
+        experiment=experiment,
+        optimizers=names,
+        out=out,
+        place=Place(options.device, options.data_root, threads, out / "checkpoints"),
+        workers=options.workers,
+        storage=options.storage or str(out / "search.journal"),
+        sampler=options.sampler,
+        sweep_runs=options.sweep_runs or experiment.runs,
+        sweep_steps=options.sweep_steps or experiment.steps,
+    )
+
+
+def shaped(experiment: Experiment, options: argparse.Namespace) -> Experiment:
+    """The experiment with what the command line changes."""
+    schedule = experiment.schedule
+    if options.generations and options.generations < len(schedule):
+        last = len(schedule) - 1
+        picks = range(options.generations)
+        schedule = tuple(schedule[last - round(pick * last / options.generations)] for pick in reversed(picks))
+    if options.search_steps:
+        schedule = tuple(Generation(each.std, min(each.steps, options.search_steps)) for each in schedule)
+    given = {"batch_size": options.batch_size, "validation_images": options.validation_images}
+    task_options = {name: value for name, value in given.items() if value is not None}
+    if task_options and experiment.task not in ("generation", "classification"):
+        raise ValueError(
+            f"{', '.join(task_options)}: only the image tasks have them, got the experiment {experiment.name}"
+        )
+    changes = {
+        "steps": options.steps,
+        "runs": options.runs,
+        "population": options.trials,
+        "validate_every": options.validate_every,
+    }
+    return replace(
+        experiment,
+        schedule=schedule,
+        task_options=dict(experiment.task_options) | task_options,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    plan, stages = parse(arguments)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    if "search" in stages and plan.tunable:
+        from examples.paper.tuning import search  # Optuna, only where something is searched
+
+        search(plan)
+    if "train" in stages:
+        run_all(training_jobs(plan, read_tuned(plan)), plan.results_path, plan.place, plan.workers)
+    if "sweep" in stages and plan.experiment.sweeps and "LODO" in plan.optimizers:
+        run_all(sweep_jobs(plan, read_tuned(plan)), plan.results_path, plan.place, plan.workers)
+    if "report" in stages:
+        from examples.paper.report import write_report  # matplotlib, only where pictures are drawn
+
+        print(write_report(plan.experiment, plan.out), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""Training runs: one job, its result as one JSON line, and many of them over worker processes, resumable."""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import lodo
+from examples.paper.optimizers import make_optimizer, make_step
+from examples.paper.tasks import Task, make_task
+
+FORMAT = 1  # of the result lines
+BINS = 200  # points of a learning curve
+TAIL = 0.1  # the share of the steps, at the end, whose mean loss is a run's score
+PROBES = 100  # random directions of the Hessian error
+CHECKPOINT_SECONDS = 120.0
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that fixes a run, but for the machine.
+
+    Attributes:
+        part: what it belongs to in its experiment: "main", or the name of a sweep.
+        label: the curve it belongs to; runs that differ in the seed alone share it.
+        value: its place on the sweep's axis.
+        validate_every, hessian_every: in steps; 0: never.
+    """
+
+    experiment: str
+    part: str
+    label: str
+    task: str
+    optimizer: str
+    hyperparameters: Mapping[str, Any]
+    seed: int
+    steps: int
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    value: float | None = None
+    validate_every: int = 0
+    hessian_every: int = 0
+    trajectory: bool = False
+
+    @property
+    def key(self) -> str:
+        """A digest of all fields: runs with the same key are the same run."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs happen.
+
+    Attributes:
+        checkpoints: the folder for states of unfinished runs; None: none are kept.
+    """
+
+    device: str = "cpu"
+    data_root: Path | None = None
+    threads: int = 1
+    checkpoints: Path | None = None
+
+
+class Curve:
+    """The losses of a run, averaged over bins of steps, and those of its tail exactly.
+
+    Its attributes are what a checkpoint holds: numbers and lists of them.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.width = max(1, math.ceil(steps / BINS))
+        self.tail_start = steps - max(1, math.floor(TAIL * steps))
+        self.step: list[int] = []
+        self.seconds: list[float] = []
+        self.loss: list[float] = []
+        self.sum = self.tail_sum = 0.0
+
+    def add(self, step: int, loss: float) -> bool:
+        """Takes the loss of step `step`, counted from 1; returns whether it completes a bin."""
+        self.sum += loss
+        if step > self.tail_start:
+            self.tail_sum += loss
+        return step % self.width == 0
+
+    def close(self, step: int, seconds: float) -> None:
+        """Ends the bin at `step`, if it holds any loss."""
+        count = step - (self.step[-1] if self.step else 0)
+        if count:
+            self.step.append(step)
+            self.seconds.append(seconds)
+            self.loss.append(self.sum / count)
+        self.sum = 0.0
+
+    def tail_mean(self, step: int) -> float:
+        return self.tail_sum / max(1, step - self.tail_start)
+
+
+class Recorder:
+    """What a run leaves behind besides its parameters."""
+
+    def __init__(self, job: Job, task: Task) -> None:
+        self.job, self.task = job, task
+        self.curve = Curve(job.steps)
+        self.validation: dict[str, list[float]] = {}
+        self.hessian: dict[str, list[float]] = {}
+        self.trajectory: list[list[float]] = []
+        self.step = 0
+        self.training_seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = ("validation", "hessian", "trajectory", "step", "training_seconds")
+        return {"curve": vars(self.curve)} | {name: getattr(self, name) for name in kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self.curve).update(state["curve"])
+        vars(self).update({name: value for name, value in state.items() if name != "curve"})
+
+    def measure(self, optimizer: torch.optim.Optimizer) -> None:
+        """Validates and estimates the Hessian error where this step is one for it."""
+        job, step = self.job, self.step
+        if job.validate_every and step % job.validate_every == 0:
+            figures = {"step": float(step), "seconds": self.training_seconds} | self.task.validate()
+            for name, figure in figures.items():
+                self.validation.setdefault(name, []).append(figure)
+        if job.hessian_every and step % job.hessian_every == 0 and isinstance(optimizer, lodo.LODO):
+            self.hessian.setdefault("step", []).append(float(step))
+            self.hessian.setdefault("value", []).append(hessian_error(optimizer, self.task, seed=step))
+
+
+def hessian_error(optimizer: lodo.LODO, task: Task, seed: int) -> float:
+    """||I - G H||_F / sqrt(n) of LODO's present G at the task's present sample, from `PROBES` random directions."""
+    preconditioner = optimizer.preconditioners[0]
+    assert preconditioner is not None
+    lr = float(optimizer.param_groups[0]["lr"])
+    generator = torch.Generator(task.params[0].device).manual_seed(seed)
+    return lodo.hessian_error(preconditioner, task.hessian(), lr=lr, samples=PROBES, generator=generator)
+
+
+def run(job: Job, place: Place, on_progress: Callable[[int], None] | None = None) -> Result:
+    """Trains as `job` says and returns the result, ready for JSON.
+
+    A loss that is not finite ends the run there, and is recorded as such.
+
+    Args:
+        on_progress: called with the number of steps done since the last call, at every point of the learning curve.
+    """
+    torch.set_num_threads(place.threads)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    task = make_task(job.task, job.seed, job.task_options, device=place.device, data_root=place.data_root)
+    setup = time.perf_counter()
+    optimizer = make_optimizer(job.optimizer, task, job.hyperparameters, job.seed)
+    setup_seconds = time.perf_counter() - setup
+    recorder = Recorder(job, task)
+    checkpoint = place.checkpoints / f"{job.key}.pt" if place.checkpoints else None
+    if checkpoint and checkpoint.exists():
+        _restore(checkpoint, recorder, task, optimizer)
+    diverged_at = _train(recorder, optimizer, checkpoint, on_progress)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return {
+        "format": FORMAT,
+        "key": job.key,
+        "job": asdict(job),
+        "status": "finished" if diverged_at is None else "diverged",
+        "diverged_at": diverged_at,
+        "final_loss": recorder.curve.tail_mean(job.steps) if diverged_at is None else None,
+        "seconds": recorder.training_seconds,
+        "setup_seconds": setup_seconds,
+        "steps_per_second": recorder.step / max(recorder.training_seconds, 1e-9),
+        "curve": {name: _short(getattr(recorder.curve, name)) for name in ("step", "seconds", "loss")},
+        "validation": recorder.validation,
+        "hessian_error": recorder.hessian,
+        "trajectory": [_short(point) for point in recorder.trajectory],
+        "started": started,
+        "environment": environment(place),
+    }
+
+
+def _short(numbers: list[Any]) -> list[Any]:
+    """Six significant digits: curves are looked at, and the final loss stands beside them in full."""
+    return [float(f"{number:.6g}") if isinstance(number, float) else number for number in numbers]
+
+
+def _train(
+    recorder: Recorder,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Path | None,
+    on_progress: Callable[[int], None] | None,
+) -> int | None:
+    """Takes the steps that are left; returns the one whose loss was not finite, or None."""
+    job, task, curve = recorder.job, recorder.task, recorder.curve
+    step_once = make_step(job.optimizer, task, optimizer)
+    intervals = [every for every in (job.validate_every, job.hessian_every) if every]
+    since_checkpoint = time.perf_counter()
+    begun = time.perf_counter() - recorder.training_seconds
+    for step in range(recorder.step + 1, job.steps + 1):
+        if job.trajectory:
+            recorder.trajectory.append(torch.cat([param.detach().reshape(-1) for param in task.params]).tolist())
+        task.draw()
+        loss = step_once()
+        recorder.step = step
+        if not math.isfinite(loss):
+            recorder.training_seconds = time.perf_counter() - begun
+            return step
+        bin_full = curve.add(step, loss)
+        if bin_full or step == job.steps:
+            _synchronise(task)
+            recorder.training_seconds = time.perf_counter() - begun
+            done = step - (curve.step[-1] if curve.step else 0)
+            curve.close(step, recorder.training_seconds)
+            if on_progress:
+                on_progress(done)
+        if any(step % every == 0 for every in intervals):
+            _synchronise(task)
+            recorder.training_seconds = time.perf_counter() - begun
+            recorder.measure(optimizer)
+            begun = time.perf_counter() - recorder.training_seconds  # the clock stops while measuring
+        if checkpoint and bin_full and time.perf_counter() - since_checkpoint > CHECKPOINT_SECONDS:
+            _save(checkpoint, recorder, task, optimizer)
+            since_checkpoint = time.perf_counter()
+            begun = since_checkpoint - recorder.training_seconds
+    return None
+
+
+def _synchronise(task: Task) -> None:
+    if task.params[0].is_cuda:
+        torch.cuda.synchronize(task.params[0].device)
+
+
+def _save(path: Path, recorder: Recorder, task: Task, optimizer: torch.optim.Optimizer) -> None:
+    """Replaces the checkpoint in one move, so that a kill at any moment leaves a whole one."""
+    state = {"recorder": recorder.state_dict(), "task": task.state_dict(), "optimizer": optimizer.state_dict()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _restore(path: Path, recorder: Recorder, task: Task, optimizer: torch.optim.Optimizer) -> None:
+    state = torch.load(path, weights_only=True)
+    task.load_state_dict(state["task"])
+    optimizer.load_state_dict(state["optimizer"])
+    recorder.load_state_dict(state["recorder"])
+
+
+def environment(place: Place) -> dict[str, Any]:
+    """The versions and the device behind a result."""
+    name = torch.cuda.get_device_name(place.device) if place.device.startswith("cuda") else platform.machine()
+    return {
+        "lodo": lodo.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": place.device,
+        "device_name": name,
+        "threads": place.threads,
+    }
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results in a JSON lines file, in order. A last line cut off by a kill is left out, with a warning to stderr.
+
+    Raises:
+        ValueError: a line that is not the last is no result, or the format is another one.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    results = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                print(f"{path}: the last line is cut off; its run will be made again", file=sys.stderr)
+                continue
+            raise ValueError(f"{path}, line {number}: not a JSON line ({error})") from error
+        if result.get("format") != FORMAT:
+            raise ValueError(f"{path}, line {number}: format must be {FORMAT}, got {result.get('format')!r}")
+        results.append(result)
+    return results
+
+
+def append_result(path: Path, result: Result) -> None:
+    """Adds one line in one write that has reached the disk on return; a torn last line is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(result, allow_nan=False) + "\n"
+    with path.open("a+b") as file:
+        content_end = file.seek(0, os.SEEK_END)
+        if content_end:
+            file.seek(content_end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_all(jobs: Iterable[Job], path: Path, place: Place, workers: int) -> list[Result]:
+    """Makes the runs that `path` does not hold yet, adds each as it ends, and returns all results of `jobs`.
+
+    A run that fails does not take the others with it; the first error is raised when the rest is done.
+    """
+    jobs = list(jobs)
+    done = {result["key"] for result in read_results(path)}
+    todo = [job for job in jobs if job.key not in done]
+    errors: list[tuple[Job, BaseException]] = []
+    with tqdm(total=sum(job.steps for job in todo), unit="step", unit_scale=True, disable=not todo) as bar:
+        for job, outcome in _outcomes(todo, place, workers, bar):
+            if isinstance(outcome, BaseException):
+                errors.append((job, outcome))
+                bar.write(f"{job.label}, seed {job.seed}: {outcome!r}", file=sys.stderr)
+                continue
+            append_result(path, outcome)
+            bar.set_postfix_str(f"{job.label}, seed {job.seed}: {describe(outcome)}")
+    if errors:
+        job, error = errors[0]
+        raise RuntimeError(
+            f"{len(errors)} of {len(todo)} runs failed, the first: {job.label}, seed {job.seed}"
+        ) from error
+    wanted = {job.key for job in jobs}
+    return [result for result in read_results(path) if result["key"] in wanted]
+
+
+def describe(result: Result) -> str:
+    if result["status"] == "diverged":
+        return f"diverged at step {result['diverged_at']}"
+    return f"{result['final_loss']:.4g}"
+
+
+def _outcomes(
+    jobs: list[Job], place: Place, workers: int, bar: "tqdm[Any]"
+) -> Iterator[tuple[Job, Result | BaseException]]:
+    if workers == 1:
+        for job in jobs:
+            yield job, _attempt(job, place, bar.update)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures: dict[Future[Result], Job] = {pool.submit(run, job, place): job for job in jobs}
+        for future in as_completed(futures):
+            job = futures[future]
+            bar.update(job.steps)
+            yield job, future.exception() or future.result()
+
+
+def _attempt(job: Job, place: Place, on_progress: Callable[[int], None]) -> Result | Exception:
+    try:
+        return run(job, place, on_progress)
+    except Exception as error:
+        return error
