@@ -16,6 +16,15 @@ from examples.paper.tasks.base import Task
 SIZE = 6
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These matrices are so small that a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Quadratic(Task):
     """(x - c)^T H (x - c) / 2 in two parameters, with a small random c for each sample unless noise is 0."""
 

@@ -36,11 +36,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs over one quantity.
-
-    Attributes:
-        loss_scale: for a point's task options, what its losses are divided by to make them comparable.
-    """
+    """Runs over one quantity, all else at LODO's tuned hyperparameters."""
 
     name: str
     axis: str

@@ -95,9 +95,8 @@ def _transplanted(task: Task, pretrain_steps: int, seed: int, **options: Any) ->
 def _learned(task: Task, seed: int, **options: Any) -> Optimizer:
     from examples.paper.baselines.learned_lstm import LearnedOptimizer, trained_rule
 
-    return LearnedOptimizer(
-        task.params, trained_rule(lambda number: task.sibling(1000 * seed + number), seed, **options)
-    )
+    first = 1_000_000 + 1000 * seed  # walks that no run is scored on
+    return LearnedOptimizer(task.params, trained_rule(lambda number: task.sibling(first + number), seed, **options))
 
 
 _RATE = {"lr": Hyperparameter(1.0), "meta_lr": Hyperparameter(1e-3)}
@@ -177,7 +176,7 @@ def make_step(name: str, task: Task, optimizer: Optimizer) -> Callable[[], float
     if feed == "closure":
         return partial(_step, optimizer, task.backward)
     if feed == "loss":
-        return partial(_step, optimizer, lambda: task.loss(task.params))
+        return partial(_solve, optimizer, lambda: task.loss(task.params))
 
     def step() -> float:
         loss = task.backward()
@@ -185,6 +184,13 @@ def make_step(name: str, task: Task, optimizer: Optimizer) -> Callable[[], float
         return loss
 
     return step
+
+
+def _solve(optimizer: Optimizer, function: Callable[[], Any]) -> float:
+    try:
+        return _step(optimizer, function)
+    except torch.linalg.LinAlgError:  # a step that does not exist: the run has diverged
+        return math.nan
 
 
 def _step(optimizer: Optimizer, function: Callable[[], Any]) -> float:
