@@ -33,6 +33,16 @@ class ImageData:
         return ImageData(*(tensor.to(device) for tensor in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class ImageBytes:
+    """Images as they come, (count, rows, columns), pixels from 0 to 255; labels, (count,)."""
+
+    train_images: Bytes
+    train_labels: Bytes
+    test_images: Bytes
+    test_labels: Bytes
+
+
 def digits() -> ImageData:
     """scikit-learn's 1,797 images of 8 x 8 pixels, a fifth of them for testing, always the same ones."""
     images, labels = load_digits(return_X_y=True)
@@ -41,6 +51,12 @@ def digits() -> ImageData:
 
 
 def mnist(root: Path) -> ImageData:
+    """MNIST from the files that `mnist_bytes` reads, with its errors."""
+    raw = mnist_bytes(root)
+    return _prepare(raw.train_images, raw.train_labels, raw.test_images, raw.test_labels)
+
+
+def mnist_bytes(root: Path) -> ImageBytes:
     """MNIST from the IDX files in `root` or `root`/MNIST/raw, gzipped or not.
 
     If files are missing and torchvision is installed, it downloads them.
@@ -62,7 +78,7 @@ def mnist(root: Path) -> ImageData:
         raise ValueError(
             f"MNIST in {root}: training images are {train_x.shape[1:]}, test images {test_x.shape[1:]} pixels"
         )
-    return _prepare(train_x, train_y, test_x, test_y)
+    return ImageBytes(train_x, train_y, test_x, test_y)
 
 
 def _prepare(

@@ -189,7 +189,7 @@ def make_step(name: str, task: Task, optimizer: Optimizer) -> Callable[[], float
 def _solve(optimizer: Optimizer, function: Callable[[], Any]) -> float:
     try:
         return _step(optimizer, function)
-    except torch.linalg.LinAlgError:  # a step that does not exist: the run has diverged
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a step that does not exist: the run has diverged
         return math.nan
 
 
