@@ -15,7 +15,8 @@ from matplotlib.image import imread
 from examples.paper import pictures
 from examples.paper.experiments import BOWL, CLASSIFICATION, EXPERIMENTS, ROSENBROCK, Experiment
 from examples.paper.optimizers import OPTIMIZERS
-from examples.paper.report import latest, number, plus_minus, write_report
+from examples.paper.records import latest, number, plus_minus
+from examples.paper.report import write_report
 from examples.paper.runs import BINS, FORMAT, Job, Result, append_result
 from examples.paper.tasks import NoisyBowl
 

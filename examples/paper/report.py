@@ -1,52 +1,31 @@
 """The report of an experiment: `report.md` and its pictures, from the results on disk."""
 
-import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from examples.paper import pictures
-from examples.paper.experiments import EXPERIMENTS, FIRST_ORDER, Experiment
-from examples.paper.pictures import by_label, deviation, final_losses, finished, mean, metrics
-from examples.paper.plan import read_json
-from examples.paper.runs import TAIL, Result, read_results
-from examples.paper.tasks import NoisyBowl
-
-IMAGE_TASKS = ("generation", "classification")
-NOTHING = "-"
-
-
-@dataclass(frozen=True)
-class Records:
-    """What an experiment left on disk.
-
-    Attributes:
-        main, sweeps: the runs; those of the sweeps by the sweep's name.
-        replaced: how many older runs, at other settings, are not reported.
-        paper: the experiment as the paper has it.
-        searched: how each optimizer was searched here.
-    """
-
-    experiment: Experiment
-    paper: Experiment
-    main: list[Result]
-    sweeps: dict[str, list[Result]]
-    replaced: int
-    tuned: dict[str, dict[str, float]]
-    searched: dict[str, dict[str, Any]]
-
-    @property
-    def floor(self) -> float | None:
-        """The bowl's loss that no optimizer can beat, at the runs' own size and noise."""
-        if self.experiment.task != "bowl":
-            return None
-        return bowl_floor(**task_options(self.main))
+from examples.paper.experiments import FIRST_ORDER, Experiment
+from examples.paper.pictures import by_label, final_losses, finished, mean, metrics
+from examples.paper.protocol import describe_seeds, per_optimizer_steps, what_was_run
+from examples.paper.records import (
+    NOTHING,
+    Records,
+    bowl_floor,
+    diverged,
+    enumerate_text,
+    in_order,
+    load,
+    number,
+    plus_minus,
+    table,
+    whole,
+)
+from examples.paper.runs import TAIL, Result
 
 
 @dataclass(frozen=True)
@@ -88,304 +67,8 @@ def write_report(experiment: Experiment, out: Path) -> Path:
     return path
 
 
-def load(experiment: Experiment, out: Path) -> Records:
-    path = out / "runs.jsonl"
-    every = read_results(path)
-    if not every:
-        raise ValueError(f"{path} holds no results: `python -m examples.paper {experiment.name}` makes them")
-    results = latest(every)
-    parts: dict[str, list[Result]] = {}
-    for result in results:
-        parts.setdefault(result["job"]["part"], []).append(result)
-    return Records(
-        experiment=experiment,
-        paper=EXPERIMENTS.get(experiment.name, experiment),
-        main=parts.pop("main", []),
-        sweeps=parts,
-        replaced=len({result["key"] for result in every}) - len(results),
-        tuned=read_json(out / "tuned.json"),
-        searched=read_json(out / "search.json"),
-    )
-
-
-def latest(results: Sequence[Result]) -> list[Result]:
-    """The runs at each curve's latest settings, each once: runs at different settings must not be averaged."""
-
-    def curve(result: Result) -> tuple[Any, ...]:
-        return tuple(result["job"][name] for name in ("part", "label", "value"))
-
-    def settings(result: Result) -> str:
-        return json.dumps({name: value for name, value in result["job"].items() if name != "seed"}, sort_keys=True)
-
-    current = {curve(result): settings(result) for result in results}
-    kept = {result["key"]: result for result in results if current[curve(result)] == settings(result)}
-    return list(kept.values())
-
-
-def number(value: float, digits: int = 4) -> str:
-    """`digits` significant digits, without an exponent where that stays readable."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
-    if not -4 <= exponent < 7:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
-
-
-def plus_minus(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation; the value alone where there is one."""
-    if not values:
-        return NOTHING
-    spread = deviation(values)
-    if spread is None:
-        return number(mean(values))
-    rounding = spread <= 1e-12 * abs(mean(values))  # of runs that are all the same
-    return f"{number(mean(values))} ± {number(0.0 if rounding else spread, 2)}"
-
-
-def diverged(runs: Sequence[Result]) -> str:
-    return f"{len(runs) - len(finished(runs))}/{len(runs)}"
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first `left` columns are aligned left."""
-    marks = [":---" if column < left else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, marks, *lines))
-
-
 def picture(title: str, path: Path) -> str:
     return f"![{title}]({path.name})"
-
-
-def enumerate_text(items: Iterable[Any]) -> str:
-    return ", ".join(str(item) for item in items)
-
-
-def whole(values: Iterable[int]) -> str:
-    """Whole numbers in order; as a range where none is missing."""
-    ordered = sorted(set(values))
-    if len(ordered) > 1 and ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return f"{ordered[0]} to {ordered[-1]}"
-    return enumerate_text(f"{value:,}" for value in ordered)
-
-
-def most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def per_optimizer(results: Sequence[Result], get: Callable[[list[Result]], str]) -> str:
-    """What `get` says of most optimizers' runs, with the exceptions by name."""
-    told = {name: get(runs) for name, runs in by_label(results).items()}
-    usual = most_common(told.values())
-    exceptions = [f"{name}: {text}" for name, text in told.items() if text != usual]
-    return usual + (f" ({'; '.join(exceptions)})" if exceptions else "")
-
-
-# What was run
-
-
-def what_was_run(records: Records) -> list[str]:
-    lines = [*run_lines(records), *search_lines(records), *machine_lines(records)]
-    changes = shortened(records)
-    protocol = (
-        f"Not as in the paper: {'; '.join(changes)}."
-        if changes
-        else "Steps, runs, optimizers, searches and sweeps are as many as in the paper."
-    )
-    code = "\n".join(commands(records))
-    again = f"To make it again:\n\n```sh\n{code}\n```"
-    return ["## What was run", "\n".join(f"- {line}" for line in lines), protocol, again]
-
-
-def run_lines(records: Records) -> list[str]:
-    main = records.main
-    if not main:
-        return ["no training run of its own yet"]
-    lines = [
-        f"optimizers: {enumerate_text(in_order(records))}",
-        f"steps of each run: {per_optimizer(main, lambda runs: whole(steps_of(runs)))}",
-        f"runs: {per_optimizer(main, describe_seeds)}",
-        f"task options: {describe_options(task_options(main)) or 'those of the task'}",
-    ]
-    if records.replaced:
-        lines.append(f"left out: {records.replaced} older runs, at settings that later runs replaced")
-    return lines
-
-
-def describe_seeds(runs: Sequence[Result]) -> str:
-    seeds = seeds_of(runs)
-    return f"{len(runs)}, at seed{'s' * (len(seeds) > 1)} {whole(seeds)}"
-
-
-def describe_options(options: Mapping[str, Any]) -> str:
-    return enumerate_text(f"{name.replace('_', ' ')} {value}" for name, value in options.items())
-
-
-def in_order(records: Records) -> list[str]:
-    """The optimizers that were run, in the experiment's order."""
-    names = list(by_label(records.main))
-    order = {name: place for place, name in enumerate(records.paper.optimizers)}
-    return sorted(names, key=lambda name: order.get(name, len(order)))
-
-
-def steps_of(runs: Iterable[Result]) -> set[int]:
-    return {run["job"]["steps"] for run in runs}
-
-
-def seeds_of(runs: Iterable[Result]) -> set[int]:
-    return {run["job"]["seed"] for run in runs}
-
-
-def task_options(runs: Sequence[Result]) -> dict[str, Any]:
-    return dict(runs[0]["job"]["task_options"]) if runs else {}
-
-
-def search_lines(records: Records) -> list[str]:
-    return [f"searched here: {describe_search(about)}: {enumerate_text(names)}" for names, about in searches(records)]
-
-
-def searches(records: Records) -> list[tuple[list[str], dict[str, Any]]]:
-    """The optimizers that were searched in the same way, and how."""
-    groups: dict[str, list[str]] = {}
-    for name, about in records.searched.items():
-        groups.setdefault(json.dumps(about, sort_keys=True), []).append(name)
-    return [(names, json.loads(about)) for about, names in groups.items()]
-
-
-def describe_search(about: Mapping[str, Any]) -> str:
-    steps = [each[1] for each in about["schedule"]]
-    span = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
-    return f"{about['sampler']} search, {len(steps)} generations of {about['population']} runs of {span} steps"
-
-
-def machine_lines(records: Records) -> list[str]:
-    every = [*records.main, *(run for runs in records.sweeps.values() for run in runs)]
-    environments = [run["environment"] for run in every]
-
-    def all_of(*names: str) -> str:
-        return enumerate_text(dict.fromkeys(" ".join(str(each[name]) for name in names) for each in environments))
-
-    devices = list(dict.fromkeys(f"{each['device']} ({each['device_name']})" for each in environments))
-    versions = enumerate_text(f"{name} {all_of(name)}" for name in ("lodo", "torch", "numpy", "python"))
-    lines = [
-        f"device: {enumerate_text(devices)}, threads of each process: {all_of('threads')}",
-        f"versions: {versions}; {all_of('system')}",
-        f"started: {min(run['started'] for run in every)} to {max(run['started'] for run in every)}",
-    ]
-    if len({(each["device"], each["device_name"], each["threads"]) for each in environments}) > 1:
-        lines.append("not all runs had the same device and threads: their times do not compare")
-    return lines
-
-
-def shortened(records: Records) -> list[str]:
-    """What differs from the paper's protocol, in words."""
-    paper, changes = records.paper, []
-    ran = set(by_label(records.main))
-    if missing := [name for name in paper.optimizers if name not in ran]:
-        changes.append(f"without {enumerate_text(missing)}")
-    if records.main:
-        changes += compared(records.main, paper)
-    for names, about in searches(records):
-        told = describe_search(about)
-        schedule = [[each.std, each.steps] for each in paper.schedule]
-        in_paper = describe_search({"sampler": "genetic", "population": paper.population, "schedule": schedule})
-        if told != in_paper:
-            changes.append(f"{told} instead of {in_paper} ({enumerate_text(names)})")
-    if given := [name for name in ran if name not in records.searched and uses_hyperparameters(records, name)]:
-        changes.append(f"no search here for {enumerate_text(name for name in in_order(records) if name in given)}")
-    return changes + shortened_sweeps(records)
-
-
-def shortened_sweeps(records: Records) -> list[str]:
-    """What differs in the sweeps; those that differ in the same way together."""
-    changes: dict[str, list[str]] = {}
-    for sweep in records.paper.sweeps:
-        runs = records.sweeps.get(sweep.name, [])
-        absent = len(sweep.points) - len({run["job"]["value"] for run in runs})
-        points = [f"{absent} of {len(sweep.points)} points missing"] if absent > 0 else []
-        change = enumerate_text([*points, *compared(runs, records.paper, False)]) if runs else "not run"
-        changes.setdefault(change, []).append(sweep.name)
-    return [f"sweep of {enumerate_text(names)}: {change}" for change, names in changes.items() if change]
-
-
-def uses_hyperparameters(records: Records, name: str) -> bool:
-    return any(run["job"]["hyperparameters"] for run in records.main if run["job"]["label"] == name)
-
-
-def compared(results: Sequence[Result], paper: Experiment, options: bool = True) -> list[str]:
-    """Steps, runs and task options where they are not the paper's."""
-    changes = []
-    if steps_of(results) != {paper.steps}:
-        changes.append(f"{per_optimizer_steps(results)} steps instead of {paper.steps:,}")
-    counts = [len(runs) for runs in by_label(results).values()]
-    if set(counts) != {paper.runs}:
-        span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        changes.append(f"{span} run{'s' * (max(counts) > 1)} instead of {paper.runs}")
-    own = {name: value for name, value in task_options(results).items() if paper.task_options.get(name) != value}
-    if own and options:
-        changes.append(describe_options(own))
-    return changes
-
-
-def per_optimizer_steps(results: Sequence[Result]) -> str:
-    steps = steps_of(results)
-    return f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,} to {max(steps):,}"
-
-
-def commands(records: Records) -> list[str]:
-    """The command lines that lead to these results, searches first."""
-    base = f"python -m examples.paper {records.experiment.name}"
-    place = place_options(records)
-    lines = [
-        f"{base} --stages search{search_options(names, about, records)}{place}" for names, about in searches(records)
-    ]
-    stages = ["train"] * bool(records.main) + ["sweep"] * bool(records.sweeps) + ["report"]
-    return [*lines, f"{base} --stages {','.join(stages)}{run_options(records)}{place}"]
-
-
-def optimizers_option(names: Sequence[str], paper: Experiment) -> str:
-    return "" if set(names) == set(paper.optimizers) else f" --optimizers {','.join(names)}"
-
-
-def search_options(names: Sequence[str], about: Mapping[str, Any], records: Records) -> str:
-    paper, steps = records.paper, [each[1] for each in about["schedule"]]
-    options = optimizers_option(names, paper)
-    options += f" --sampler {about['sampler']}" * (about["sampler"] != "genetic")
-    options += f" --trials {about['population']}" * (about["population"] != paper.population)
-    options += f" --generations {len(steps)}" * (len(steps) != len(paper.schedule))
-    return options + f" --search-steps {max(steps)}" * (max(steps) < max(each.steps for each in paper.schedule))
-
-
-def run_options(records: Records) -> str:
-    paper, main = records.paper, records.main
-    swept = [run for runs in records.sweeps.values() for run in runs]
-    options = optimizers_option(in_order(records), paper) if main else ""
-    own = main or swept
-    steps, count = usual_length(own)
-    options += f" --steps {steps}" * (steps != paper.steps) + f" --runs {count}" * (count != paper.runs)
-    every = most_common(run["job"]["validate_every"] for run in own)
-    options += f" --validate-every {every}" * (bool(main) and every != paper.validate_every)
-    if swept and main:
-        sweep_steps, sweep_count = usual_length(swept)
-        options += f" --sweep-steps {sweep_steps}" * (sweep_steps != steps)
-        options += f" --sweep-runs {sweep_count}" * (sweep_count != count)
-    return options
-
-
-def usual_length(results: Sequence[Result]) -> tuple[int, int]:
-    """Steps and runs of most curves."""
-    return most_common(run["job"]["steps"] for run in results), most_common(map(len, by_label(results).values()))
-
-
-def place_options(records: Records) -> str:
-    runs = records.main or [run for each in records.sweeps.values() for run in each]
-    environment = runs[-1]["environment"]
-    options = ""
-    if records.experiment.task in IMAGE_TASKS:
-        own = {name: each for name, each in task_options(runs).items() if records.paper.task_options.get(name) != each}
-        options += " --data-root DATA" + "".join(f" --{name.replace('_', '-')} {value}" for name, value in own.items())
-    options += f" --device {environment['device']}" * (environment["device"] != "cpu")
-    return options + f" --threads {environment['threads']}"
 
 
 # Losses
@@ -499,6 +182,8 @@ def against_first_order(found: Sequence[Row], get: Callable[[Row], Sequence[floa
         return ""
     change = 100 * (means["LODO"] / means[best] - 1)
     relation = f"{abs(change):.1f} % {'below' if change < 0 else 'above'}"
+    if change > 100:
+        relation = f"{number(1 + change / 100, 2)} times as high as"
     both = f"{number(means['LODO'])} against {number(means[best])}"
     return f"LODO is {relation} the best first-order baseline, {best} ({both})"
 
@@ -634,11 +319,6 @@ def sweep_floor(records: Records, runs: Sequence[Result], scaled: bool) -> float
         return None
     options = dict(runs[0]["job"]["task_options"]) | ({"noise": 1.0} if scaled else {})
     return bowl_floor(**options)
-
-
-@cache
-def bowl_floor(**options: Any) -> float:
-    return NoisyBowl(0, **options).floor
 
 
 def seeds_of_points(points: Mapping[float, Sequence[Result]]) -> str:
