@@ -41,11 +41,11 @@ def bowl_score(hyperparameters, generation, number, renew):
         SPACE[name].normalise(max(value, 1e-30)) - SPACE[name].normalise(OPTIMUM[name])
         for name, value in hyperparameters.items()
     ]
-    return distances[0] ** 2 + distances[1] ** 2 + 0.01 * np.random.default_rng(number).standard_normal()
+    return distances[0] ** 2 + distances[1] ** 2 + 0.01 * np.sin(1e6 * hyperparameters["lr"])
 
 
 def slow_score(folder, hyperparameters, generation, number, renew):
-    (folder / f"{os.getpid()}-{number}").touch()
+    (folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
     time.sleep(0.05)
     return bowl_score(hyperparameters, generation, number, renew)
 
@@ -95,6 +95,26 @@ def test_non_finite_scores_are_worst_and_kept():
     assert all(trial.value == math.inf for trial in lost)
 
 
+def test_diverged_runs_are_never_averaged():
+    """Where less than half of a generation is finite, those alone count; where none is, the mean stays."""
+    search = make(optuna.storages.InMemoryStorage(), population=16, schedule=SCHEDULE[:2])
+    limit = math.exp(search.start["lr"] - 1.5)
+    work([search], [lambda hyperparameters, *_: 1.0 if hyperparameters["lr"] < limit else math.nan])
+    finite = [trial.params["lr"] for trial in completed(search.study, 0) if math.isfinite(trial.value)]
+    assert 1 <= len(finite) < 8
+    assert search.genetic.mean(search.study, 1)["lr"] == pytest.approx(np.mean(finite))
+    hopeless = make(optuna.storages.InMemoryStorage(), population=4, schedule=SCHEDULE[:2])
+    work([hopeless], [lambda *_: math.nan])
+    assert hopeless.best() == {name: pytest.approx(each.default) for name, each in SPACE.items()}
+
+
+def test_another_plan_is_refused(tmp_path):
+    location = str(tmp_path / "search.journal")
+    make(open_storage(location), population=4)
+    with pytest.raises(ValueError, match="was begun with"):
+        make(open_storage(location), population=8)
+
+
 def test_steps_and_generations_reach_the_score():
     seen = []
     search = make(optuna.storages.InMemoryStorage(), population=2)
@@ -109,8 +129,12 @@ def test_resumes_as_if_never_interrupted(tmp_path):
     class StopError(Exception):
         pass
 
+    left = 41
+
     def fragile(hyperparameters, generation, number, renew):
-        if number == 41:
+        nonlocal left
+        left -= 1
+        if left < 0:
             raise StopError
         return bowl_score(hyperparameters, generation, number, renew)
 
@@ -121,8 +145,7 @@ def test_resumes_as_if_never_interrupted(tmp_path):
         work([make(open_storage(location))], [fragile])
     again = make(open_storage(location))
     assert again.trials_done() == 41
-    (running,) = again.study.get_trials(states=(TrialState.RUNNING,))
-    again.study.tell(running.number, state=TrialState.FAIL)
+    assert not again.study.get_trials(states=(TrialState.RUNNING,))
     work([again], [bowl_score])
     # the lost trial's draw is the only one that differs
     assert again.trials_done() == whole.trials_done() == 32 * len(SCHEDULE)
@@ -157,7 +180,7 @@ def test_a_killed_workers_trial_is_made_again(tmp_path, monkeypatch):
 
 def test_a_lost_trials_lease_runs_out():
     search = make(optuna.storages.InMemoryStorage(), population=2, schedule=SCHEDULE[:1])
-    lost = search.study.ask(module.space(search.start, 1.0))
+    lost = search.study.ask(module.space(SPACE, 1.0))
     lost.set_user_attr("generation", 0)
     lost.set_user_attr("lease", time.time() + 0.2)
     assert search.try_one(bowl_score)
@@ -172,8 +195,9 @@ def test_other_samplers_run_the_same_budget(sampler):
     search = make(optuna.storages.InMemoryStorage(), population=4, sampler=sampler)
     work([search], [bowl_score])
     assert search.trials_done() == 4 * len(SCHEDULE)
-    last = completed(search.study, len(SCHEDULE) - 1)
-    best = min(last, key=lambda trial: trial.value)
+    trials = search.study.get_trials(states=(TrialState.COMPLETE,))
+    assert all(trial.user_attrs["steps"] == SCHEDULE[-1].steps for trial in trials)
+    best = min(trials, key=lambda trial: trial.value)
     assert search.best() == search.denormalise(best.params)
 
 

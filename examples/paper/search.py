@@ -2,6 +2,7 @@
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,60 +24,74 @@ LEASE_SECONDS = 180.0  # a trial whose worker gave no sign of life for so long i
 WAIT_SECONDS = 0.3
 
 Score = Callable[[Mapping[str, float], Generation, int, Callable[[], None]], float]
-"""What is minimised: called with hyperparameters, generation, the trial's number and a function that renews its lease.
+"""What is minimised: called with the hyperparameters, the generation, its number, and a function that renews the lease.
+
+The number is meant for the seed: runs of one generation on the same noise differ by their hyperparameters alone.
 """
 
 
 class GeneticSampler(BaseSampler):
-    """Samples each generation around the mean of the better half of the last one (section 4 and Appendix of the paper).
+    """Samples each generation around the mean of the better half of the last one (section 4 of the paper's appendix).
 
     In the normalised space, every coordinate is drawn from a normal distribution around the mean, with the generation's
-    standard deviation. The first mean is given.
+    standard deviation. The first mean is given. Runs that diverged are never averaged.
 
     Args:
         start: the first mean, by parameter name.
         schedule: the generations. A study that has completed them all is sampled around its last mean.
         population: the trials of each.
-        seed: of the draws; each follows from it and the trial's number, so that a resumed search goes on as it would
-            have.
+        seed: of the draws; each follows from it, the study's name and the trial's number, so that a resumed search goes
+            on as it would have.
+
+    Attributes:
+        generation: the one to sample for; None: the first that is not complete. Where several workers ask, another one
+            may complete it in between.
     """
 
     def __init__(
         self, start: Mapping[str, float], schedule: Sequence[Generation], population: int, seed: int = 0
     ) -> None:
         self.start, self.schedule, self.population, self.seed = dict(start), tuple(schedule), population, seed
+        self.generation: int | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return dict(space(self.start, SPAN))
+        return {}  # it is only known to the caller of `ask`, who gives it there
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, float]:
-        number = min(current_generation(study, self.population), len(self.schedule) - 1)
-        mean = self.mean(study, number)
-        draws = np.random.default_rng([self.seed, trial.number]).standard_normal(len(mean))
-        return {
-            name: float(np.clip(center + self.schedule[number].std * draw, center_0 - SPAN, center_0 + SPAN))
-            for (name, center), center_0, draw in zip(mean.items(), self.start.values(), draws, strict=True)
-        }
+        return {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> float:
-        raise ValueError(f"the genetic search knows {', '.join(self.start)}, got the parameter {param_name!r}")
+        assert isinstance(param_distribution, FloatDistribution)
+        number = current_generation(study, self.population) if self.generation is None else self.generation
+        number = min(number, len(self.schedule) - 1)
+        center = self.mean(study, number)[param_name]
+        source = zlib.crc32(f"{study.study_name}/{param_name}".encode())
+        draw = np.random.default_rng([self.seed, source, trial.number]).standard_normal()
+        return float(
+            np.clip(center + self.schedule[number].std * draw, param_distribution.low, param_distribution.high)
+        )
 
     def mean(self, study: optuna.Study, generation: int) -> dict[str, float]:
         """Where `generation` (0 is the first) is drawn around: the average of the better half of the one before."""
-        if generation == 0:
-            return dict(self.start)
-        trials = sorted(completed(study, generation - 1)[: self.population], key=lambda trial: _value(trial))
-        best = trials[: max(1, len(trials) // 2)]
-        return {name: float(np.mean([trial.params[name] for trial in best])) for name in self.start}
+        for number in range(generation - 1, -1, -1):
+            trials = [trial for trial in completed(study, number)[: self.population] if math.isfinite(_value(trial))]
+            best = sorted(trials, key=_value)[: max(1, self.population // 2)]
+            if best:
+                return {name: float(np.mean([trial.params[name] for trial in best])) for name in self.start}
+        return dict(self.start)
 
 
-def space(start: Mapping[str, float], span: float) -> dict[str, FloatDistribution]:
-    """The normalised space, `span` to either side of `start`."""
-    return {name: FloatDistribution(center - span, center + span) for name, center in start.items()}
+def space(hyperparameters: Mapping[str, Hyperparameter], span: float) -> dict[str, FloatDistribution]:
+    """The normalised space, `span` to either side of the defaults; a decay ends at 0, which is the decay 0."""
+    bounds = {}
+    for name, each in hyperparameters.items():
+        center = each.normalise(each.default)
+        bounds[name] = FloatDistribution(center - span, 0.0 if each.kind == "decay" else center + span)
+    return bounds
 
 
 def completed(study: optuna.Study, generation: int) -> list[FrozenTrial]:
@@ -107,13 +122,16 @@ def open_storage(location: str) -> optuna.storages.BaseStorage:
 
 
 class Search:
-    """The search for one optimizer's hyperparameters on one experiment; any number of workers may hold one on the same
-    study.
+    """The search for one optimizer's hyperparameters; any number of workers may hold one on the same study.
 
     Args:
         name: of the study.
         hyperparameters: what is tuned.
-        sampler: None for the genetic search, or one of Optuna's, which then proposes all trials of all generations.
+        sampler: None for the genetic search, or one of Optuna's, which makes as many trials, all of them as long as
+            those of the last generation.
+
+    Raises:
+        ValueError: population below 2, no generation, or a study of that name that was begun with others.
     """
 
     def __init__(
@@ -130,13 +148,28 @@ class Search:
             raise ValueError(f"population must be at least 2, of which the better half is averaged, got {population}")
         if not schedule:
             raise ValueError("schedule must hold at least one generation, got none")
+        if sampler is not None:
+            schedule, population = schedule[-1:], population * len(schedule)
         self.hyperparameters, self.schedule, self.population = hyperparameters, tuple(schedule), population
         self.start = {key: each.normalise(each.default) for key, each in hyperparameters.items()}
-        self.genetic = GeneticSampler(self.start, schedule, population, seed)
+        self.genetic = GeneticSampler(self.start, self.schedule, population, seed)
         self.is_genetic = sampler is None
         self.study = optuna.create_study(
             storage=storage, study_name=name, sampler=sampler or self.genetic, load_if_exists=True
         )
+        self._check_plan()
+
+    def _check_plan(self) -> None:
+        """Writes the plan into a new study; trials of two plans must not be mixed."""
+        plan = {"population": self.population, "schedule": [[each.std, each.steps] for each in self.schedule]}
+        begun = self.study.user_attrs.get("plan")
+        if begun is None:
+            self.study.set_user_attr("plan", plan)
+        elif begun != plan:
+            raise ValueError(
+                f"the study {self.study.study_name!r} was begun with {begun}, got {plan}: go on with the former, or use "
+                "another storage"
+            )
 
     def is_done(self) -> bool:
         return current_generation(self.study, self.population) >= len(self.schedule)
@@ -147,13 +180,14 @@ class Search:
     def try_one(self, score: Score) -> bool:
         """Runs one trial if the present generation still wants one; returns whether it did.
 
-        It does not want one where all its trials are taken, by workers that are alive: then another search can go on.
+        It does not want one where all its trials are taken by workers that are alive: another search can go on then.
         """
         number = current_generation(self.study, self.population)
         if number >= len(self.schedule) or len(completed(self.study, number)) + self._running() >= self.population:
             return False
         span = SPAN if self.is_genetic else OTHER_SPAN
-        trial = self.study.ask(dict(space(self.start, span)))
+        self.genetic.generation = number
+        trial = self.study.ask(dict(space(self.hyperparameters, span)))
         trial.set_user_attr("generation", number)
         trial.set_user_attr("steps", self.schedule[number].steps)
         self._renew(trial)
@@ -165,8 +199,12 @@ class Search:
                 self._renew(trial)
                 last = time.monotonic()
 
-        value = score(self.denormalise(trial.params), self.schedule[number], trial.number, renew)
-        self.study.tell(trial, value if math.isfinite(value) else math.inf)
+        try:
+            value = score(self.denormalise(trial.params), self.schedule[number], number, renew)
+        except BaseException:
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            raise
+        self.study.tell(trial, value if math.isfinite(value) else math.inf, skip_if_finished=True)
         return True
 
     def _renew(self, trial: optuna.Trial) -> None:
