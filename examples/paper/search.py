@@ -167,8 +167,8 @@ class Search:
             self.study.set_user_attr("plan", plan)
         elif begun != plan:
             raise ValueError(
-                f"the study {self.study.study_name!r} was begun with {begun}, got {plan}: go on with the former, or use "
-                "another storage"
+                f"the study {self.study.study_name!r} was begun with {begun}, got {plan}: go on with the former, or "
+                "use another storage"
             )
 
     def is_done(self) -> bool:
