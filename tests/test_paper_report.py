@@ -66,6 +66,8 @@ def make_result(job: Job, shape: Shape, rate: float, diverged_at: int | None = N
         "steps_per_second": speed,
         "curve": {"step": step.tolist(), "seconds": (step / speed).tolist(), "loss": loss.tolist()},
         "validation": {},
+        "test": {},
+        "skipped_steps": 0,
         "hessian_error": {},
         "trajectory": [],
         "started": f"2026-01-0{job.seed + 1}T00:00:00+00:00",
@@ -78,6 +80,8 @@ def make_result(job: Job, shape: Shape, rate: float, diverged_at: int | None = N
             "device": "cpu",
             "device_name": "x86_64",
             "threads": 1,
+            "workers": 1,
+            "load": 0.5,
         },
     } | more
 

@@ -1,6 +1,7 @@
 """Training runs of the paper's experiments: what a result says, divergence, resuming, kills, the command."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -119,7 +120,49 @@ def test_every_optimizer_learns_and_resumes(name, tmp_path, monkeypatch):
     assert (tmp_path / f"{a_job.key}.pt").exists()
     done = -1_000_000
     assert without_times(run(a_job, place)) == without_times(whole)
-    assert not list(tmp_path.iterdir())
+    assert (tmp_path / f"{a_job.key}.pt").exists(), "only who has written the result may remove it"
+
+
+def test_run_all_resumes_from_checkpoints_and_removes_them(tmp_path, monkeypatch):
+    jobs, path = [job("LODO", seed, steps=200) for seed in (0, 1)], tmp_path / "runs.jsonl"
+    place = replace(PLACE, checkpoints=tmp_path / "checkpoints")
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    first = NoisyBowl.draw
+    calls = 0
+
+    def fail_once(task):
+        nonlocal calls
+        calls += 1
+        if calls == 300:
+            raise OSError("no more")
+        first(task)
+
+    monkeypatch.setattr(NoisyBowl, "draw", fail_once)
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed"):
+        run_all(jobs, path, place, workers=1)
+    assert len(list(place.checkpoints.iterdir())) == 1
+    calls = 1000
+    results = run_all(jobs, path, place, workers=1)
+    assert calls - 1000 < 120, "the second run went on where it was"
+    assert not list(place.checkpoints.iterdir())
+    assert [without_times(result) for result in results] == [without_times(run(each, PLACE)) for each in jobs]
+
+
+@pytest.mark.filterwarnings("ignore:LODO skipped a step")
+def test_lodo_that_stands_still_has_diverged():
+    result = run(job("LODO", hyperparameters={"lr": 1e4, "meta_lr": 1e-3, "beta": 0.9}, steps=1000), PLACE)
+    assert result["status"] == "diverged"
+    assert result["skipped_steps"] > 10
+
+
+def test_figures_that_are_not_finite_are_kept_as_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(NoisyBowl, "validate", lambda task: {"validation_loss": math.nan})
+    monkeypatch.setattr(NoisyBowl, "backward", lambda task: 1e308)
+    (result,) = run_all([job("SGD", validate_every=50)], tmp_path / "runs.jsonl", PLACE, workers=1)
+    assert result["validation"]["validation_loss"] == [None, None]
+    assert result["status"] == "diverged"
+    assert result["final_loss"] is None
+    assert result["diverged_at"] == 100
 
 
 def test_seeds_and_settings_make_other_runs():
@@ -141,12 +184,13 @@ def test_finished_runs_are_not_made_again(tmp_path, monkeypatch):
     assert [result["job"]["seed"] for result in everything] == [0, 1, 2]
 
 
-def test_a_torn_last_line_is_dropped_and_written_over(tmp_path, capsys):
+@pytest.mark.parametrize("cut", [20, 1])
+def test_a_torn_last_line_is_dropped_and_written_over(cut, tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     results = [run(job(seed=seed, steps=5), PLACE) for seed in range(3)]
     append_result(path, results[0])
     append_result(path, results[1])
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[:-cut])
     assert read_results(path) == results[:1]
     assert "cut off" in capsys.readouterr().err
     append_result(path, results[2])
@@ -198,6 +242,20 @@ def test_kill_and_resume_loses_nothing(tmp_path):
     assert without_times(json.loads(json.dumps(again))) == without_times(same)
 
 
+def test_an_interrupt_drops_the_runs_that_wait(tmp_path):
+    """As Ctrl-C does it: the signal reaches the workers too."""
+    path = tmp_path / "runs.jsonl"
+    process = multiprocessing.get_context("spawn").Process(target=run_killed_jobs, args=(path,))
+    process.start()
+    while len(read_results(path)) < 2:
+        assert process.is_alive()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(timeout=60)
+    assert process.exitcode not in (None, 0)
+    assert 2 <= len(read_results(path)) < len(killed_jobs())
+
+
 def test_transplanted_network_is_frozen_and_learned_elsewhere():
     options = {"lr": 0.5, "meta_lr": 1e-3, "beta": 0.0, "pretrain_steps": 50}
     task = NoisyBowl(0)
@@ -236,8 +294,21 @@ def test_command_searches_trains_sweeps_and_reports(tmp_path, monkeypatch):
     assert "LODO" in (tmp_path / "report.md").read_text()
 
 
+def test_searching_one_optimizer_keeps_what_others_found(tmp_path):
+    common = ["rosenbrock", "--stages", "search", "--trials", "2", "--generations", "1", "--out", str(tmp_path)]
+    for name in ("SGD", "Adam"):
+        command.main([*common, "--optimizers", name])
+    assert set(json.loads((tmp_path / "tuned.json").read_text())) == {"SGD", "Adam"}
+
+
+def test_schedules_are_shortened_evenly():
+    plan, _ = command.parse(["bowl", "--generations", "3", "--search-steps", "500", "--trials", "4"])
+    assert [(each.std, each.steps) for each in plan.experiment.schedule] == [(3, 500), (1.4, 500), (0.6, 500)]
+    assert plan.experiment.population == 4
+
+
 def test_learning_rates_are_halved_where_the_paper_does():
-    plan, _ = command.parse(["generation", "--optimizers", "Adam,LODO", "--runs", "1"])
+    plan, _ = command.parse(["generation", "--optimizers", "Adam,LODO", "--runs", "1", "--data-root", "."])
     tuned = {"Adam": {"lr": 0.2, "beta1": 0.9, "beta2": 0.99}, "LODO": {"lr": 1.0, "meta_lr": 0.1, "beta": 0.5}}
     assert [each.hyperparameters["lr"] for each in training_jobs(plan, tuned)] == [0.1, 0.5]
     assert training_jobs(plan, tuned)[1].hyperparameters["meta_lr"] == 0.1
@@ -250,6 +321,11 @@ def test_learning_rates_are_halved_where_the_paper_does():
         (["bowl", "--workers", "0"], "--workers must be at least 1"),
         (["bowl", "--optimizers", "SGDD"], "optimizer must be one of"),
         (["bowl", "--batch-size", "3"], "only the image tasks"),
+        (["bowl", "--search-steps", "-5"], "--search-steps must be at least 1"),
+        (["bowl", "--trials", "1"], "--trials must be at least 2"),
+        (["bowl", "--device", "cuda"], "--device must be cpu for bowl"),
+        (["bowl", "--optimizers", "LODO-Transplanted"], "part of the bowl's sweeps"),
+        (["generation"], "generation needs --data-root"),
     ],
 )
 def test_bad_commands(arguments, match, capsys):

@@ -16,6 +16,13 @@ from examples.paper.plan import Plan, read_tuned, sweep_jobs, training_jobs
 from examples.paper.runs import Place, run_all
 
 STAGES = ("search", "train", "sweep", "report")
+NEEDS_DATA = ("generation", "classification")
+LEAST = {
+    **dict.fromkeys(("workers", "threads", "steps", "runs", "batch_size", "sweep_steps", "sweep_runs"), 1),
+    **dict.fromkeys(("generations", "search_steps", "validation_images", "test_images"), 1),
+    "trials": 2,  # the better half of which is averaged
+    "validate_every": 0,
+}
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
@@ -33,6 +40,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
     parser.add_argument("--validate-every", type=int, help="in steps")
     parser.add_argument("--batch-size", type=int, help="of the image tasks")
     parser.add_argument("--validation-images", type=int, help="of the image tasks")
+    parser.add_argument("--test-images", type=int, help="of image generation")
     parser.add_argument("--sweep-steps", type=int, help="of each run of a sweep; as --steps unless given")
     parser.add_argument("--sweep-runs", type=int, help="runs of each point of a sweep; as --runs unless given")
     parser.add_argument("--trials", type=int, help="individuals of each generation of the search")
@@ -44,27 +52,34 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
     stages = tuple(options.stages.split(","))
     if unknown := set(stages) - set(STAGES):
         parser.error(f"--stages must be of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
-    for name in ("workers", "threads", "steps", "runs", "batch_size", "sweep_steps", "sweep_runs", "generations"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     try:
-        return make_plan(options), stages
+        return make_plan(options, set(stages)), stages
     except ValueError as error:
         parser.error(str(error))
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
+def make_plan(options: argparse.Namespace, stages: set[str]) -> Plan:
     experiment = shaped(EXPERIMENTS[options.experiment], options)
-    names = tuple(options.optimizers.split(",")) if options.optimizers else experiment.optimizers
+    names = tuple(dict.fromkeys(options.optimizers.split(","))) if options.optimizers else experiment.optimizers
     for name in names:
         entry(name)
+    if "LODO-Transplanted" in names:
+        raise ValueError("LODO-Transplanted is part of the bowl's sweeps, which run it after so many steps of LODO")
+    if experiment.task in NEEDS_DATA and options.data_root is None and {"search", "train", "sweep"} & stages:
+        raise ValueError(f"{experiment.name} needs --data-root, the folder of its data")
+    if experiment.task not in NEEDS_DATA and not options.device.startswith("cpu"):
+        raise ValueError(f"--device must be cpu for {experiment.name}, got {options.device}")
     out = options.out or Path("out") / "paper" / experiment.name
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
     return Plan(
         experiment=experiment,
         optimizers=names,
         out=out,
-        place=Place(options.device, options.data_root, threads, out / "checkpoints"),
+        place=Place(options.device, options.data_root, threads, options.workers, out / "checkpoints", out / "samples"),
         workers=options.workers,
         storage=options.storage or str(out / "search.journal"),
         sampler=options.sampler,
@@ -82,9 +97,10 @@ def shaped(experiment: Experiment, options: argparse.Namespace) -> Experiment:
         schedule = tuple(schedule[last - round(pick * last / options.generations)] for pick in reversed(picks))
     if options.search_steps:
         schedule = tuple(Generation(each.std, min(each.steps, options.search_steps)) for each in schedule)
-    given = {"batch_size": options.batch_size, "validation_images": options.validation_images}
+    names = ("batch_size", "validation_images", "test_images")
+    given = {name: getattr(options, name) for name in names}
     task_options = {name: value for name, value in given.items() if value is not None}
-    if task_options and experiment.task not in ("generation", "classification"):
+    if task_options and experiment.task not in NEEDS_DATA:
         raise ValueError(
             f"{', '.join(task_options)}: only the image tasks have them, got the experiment {experiment.name}"
         )

@@ -33,8 +33,8 @@ class Hyperparameter:
         return math.log(value) if self.kind == "rate" else math.log(1 - value)
 
     def denormalise(self, position: float) -> float:
-        """The value at `position`; positions above 0 of a decay mean 0."""
-        return math.exp(position) if self.kind == "rate" else max(0.0, 1 - math.exp(position))
+        """The value at `position`; positions above 0 of a decay mean 0, and none means 1."""
+        return math.exp(position) if self.kind == "rate" else min(max(0.0, 1 - math.exp(position)), 1 - 2.0**-53)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
         _torch(torch.optim.SGD, fused=True), {"lr": Hyperparameter(1e-2), "momentum": Hyperparameter(0.0, "decay")}
     ),
     "RMSprop": OptimizerEntry(
-        _torch(torch.optim.RMSprop, foreach=False),
+        _torch(torch.optim.RMSprop),
         {
             "lr": Hyperparameter(1e-3),
             "alpha": Hyperparameter(0.9, "decay"),

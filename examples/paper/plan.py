@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_tuned(plan: Plan) -> Tuned:
-    """What a search found here; else what we found; else, for what was never tuned, the search's starting point."""
+    """What a search found here; else what we found; else, with a word on stderr, the search's starting point."""
     known = read_json(TUNED).get(plan.experiment.name, {}) | read_json(plan.tuned_path)
+    if untuned := [name for name in plan.tunable if name not in known]:
+        print(f"not tuned, run at the search's starting point: {', '.join(untuned)}", file=sys.stderr)
     return {name: known.get(name, defaults(name)) for name in plan.optimizers}
 
 

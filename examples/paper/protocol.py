@@ -74,7 +74,9 @@ def searches(records: Records) -> list[tuple[list[str], dict[str, Any]]]:
 def describe_search(about: Mapping[str, Any]) -> str:
     steps = [each[1] for each in about["schedule"]]
     span = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
-    return f"{about['sampler']} search, {len(steps)} generations of {about['population']} runs of {span} steps"
+    generations = f"{len(steps)} generations of " if len(steps) > 1 else ""
+    options = f" ({describe_options(about['options'])})" if about.get("options") else ""
+    return f"{about['sampler']} search, {generations}{about['population']} runs of {span} steps{options}"
 
 
 def machine_lines(records: Records) -> list[str]:
@@ -84,10 +86,13 @@ def machine_lines(records: Records) -> list[str]:
     def all_of(*names: str) -> str:
         return enumerate_text(dict.fromkeys(" ".join(str(each[name]) for name in names) for each in environments))
 
+    loads = [each["load"] for each in environments if each.get("load") is not None]
     devices = list(dict.fromkeys(f"{each['device']} ({each['device_name']})" for each in environments))
     versions = enumerate_text(f"{name} {all_of(name)}" for name in ("lodo", "torch", "numpy", "python"))
     lines = [
-        f"device: {enumerate_text(devices)}, threads of each process: {all_of('threads')}",
+        f"device: {enumerate_text(devices)}, threads of each process: {all_of('threads')}; "
+        f"processes at once: {all_of('workers')}"
+        + (f"; load at their starts: {min(loads)} to {max(loads)}" if loads else ""),
         f"versions: {versions}; {all_of('system')}",
         f"started: {min(run['started'] for run in every)} to {max(run['started'] for run in every)}",
     ]
@@ -112,6 +117,8 @@ def shortened(records: Records) -> list[str]:
             changes.append(f"{told} instead of {in_paper} ({enumerate_text(names)})")
     if given := [name for name in ran if name not in records.searched and uses_hyperparameters(records, name)]:
         changes.append(f"no search here for {enumerate_text(name for name in in_order(records) if name in given)}")
+    if "L2L" in ran:
+        changes.append("L2L has no search: it is trained on other walks before each run")
     return changes + shortened_sweeps(records)
 
 
@@ -204,4 +211,5 @@ def place_options(records: Records) -> str:
         own = {name: each for name, each in task_options(runs).items() if records.paper.task_options.get(name) != each}
         options += " --data-root DATA" + "".join(f" --{name.replace('_', '-')} {value}" for name, value in own.items())
     options += f" --device {environment['device']}" * (environment["device"] != "cpu")
+    options += f" --workers {environment['workers']}" * (environment["workers"] != 1)
     return options + f" --threads {environment['threads']}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from examples.paper import pictures
 from examples.paper.experiments import FIRST_ORDER, Experiment
+from examples.paper.optimizers import defaults
 from examples.paper.pictures import by_label, final_losses, finished, mean, metrics
 from examples.paper.protocol import describe_seeds, per_optimizer_steps, what_was_run
 from examples.paper.records import (
@@ -22,6 +23,7 @@ from examples.paper.records import (
     load,
     number,
     plus_minus,
+    steps_of,
     table,
     whole,
 )
@@ -57,6 +59,7 @@ def write_report(experiment: Experiment, out: Path) -> Path:
         *what_was_run(records),
         *losses(records, out),
         *validation(records, out),
+        *tests(records, out),
         *hessian_errors(records, out),
         *trajectories(records, out),
         *hyperparameters(records),
@@ -73,15 +76,18 @@ def picture(title: str, path: Path) -> str:
 
 # Losses
 
+SHORTEST_TIME = 1.0  # seconds
+
 
 def common_time(results: Sequence[Result]) -> float | None:
-    """The training time that every finished run had."""
-    return min((float(run["seconds"]) for run in finished(results)), default=None)
+    """The training time that every finished run had; None where it is too short to tell optimizers from noise."""
+    shortest = min((float(run["seconds"]) for run in finished(results)), default=0.0)
+    return shortest if shortest >= SHORTEST_TIME else None
 
 
 def loss_at(run: Result, time: float) -> float | None:
     """The mean loss of the bins that end in the last tenth of `time`, else that of the last before it, else None."""
-    ends, values = np.asarray(run["curve"]["seconds"]), np.asarray(run["curve"]["loss"])
+    ends, values = (np.asarray(run["curve"][name], dtype=np.float64) for name in ("seconds", "loss"))
     before = ends <= time
     if not before.any():
         return None
@@ -113,15 +119,23 @@ def losses(records: Records, out: Path) -> list[str]:
             "the time of the fastest run, from the bins of the learning curves."
         )
     by_steps = pictures.learning_curves(records.main, out / "losses_by_step.png", "step", floor)
-    by_time = pictures.learning_curves(records.main, out / "losses_by_time.png", "seconds", floor, time)
-    return [
+    parts = [
         "## Losses",
         loss_table(found, floor),
-        sentence + setup_times(found),
+        sentence + deterministic(found) + setup_times(found),
         "\n".join(f"- {line}" for line in headlines(found, floor)),
         picture("Training loss over steps", by_steps),
-        picture("Training loss over time", by_time),
     ]
+    if time is not None:
+        by_time = pictures.learning_curves(records.main, out / "losses_by_time.png", "seconds", floor, time)
+        parts.append(picture("Training loss over time", by_time))
+    return parts
+
+
+def deterministic(found: Sequence[Row]) -> str:
+    """A word on optimizers whose runs are all the same: the task draws nothing, and neither do they."""
+    same = [row.optimizer for row in found if len(row.by_steps) > 1 and len(set(row.by_steps)) == 1]
+    return f" All runs of {enumerate_text(same)} are the same run: nothing in them is random." if same else ""
 
 
 def setup_times(found: Sequence[Row]) -> str:
@@ -172,8 +186,9 @@ def headlines(found: Sequence[Row], floor: float | None) -> list[str]:
 
 
 def against_first_order(found: Sequence[Row], get: Callable[[Row], Sequence[float]], offset: float) -> str:
-    """LODO's mean against that of the best first-order baseline; empty where one of them is missing."""
-    means = {row.optimizer: mean(get(row)) - offset for row in found if get(row)}
+    """LODO's mean against that of the best first-order baseline; empty where one is missing, or ran for other steps."""
+    steps = steps_of(next((row.runs for row in found if row.optimizer == "LODO"), ()))
+    means = {row.optimizer: mean(get(row)) - offset for row in found if get(row) and steps_of(row.runs) == steps}
     baselines = [name for name in means if name in FIRST_ORDER]
     if "LODO" not in means or not baselines:
         return ""
@@ -185,6 +200,9 @@ def against_first_order(found: Sequence[Row], get: Callable[[Row], Sequence[floa
     if change > 100:
         relation = f"{number(1 + change / 100, 2)} times as high as"
     both = f"{number(means['LODO'])} against {number(means[best])}"
+    for row in found:
+        if row.optimizer in ("LODO", best) and len(row.by_steps) < len(row.runs):
+            both += f"; {diverged(row.runs)} of {row.optimizer} diverged"
     return f"LODO is {relation} the best first-order baseline, {best} ({both})"
 
 
@@ -198,7 +216,7 @@ def validation(records: Records, out: Path) -> list[str]:
     lines = []
     for label, runs in by_label(records.main).items():
         kept = [run["validation"] for run in finished(runs)]
-        values = [[each[name][-1] for each in kept if each.get(name)] for name in names]
+        values = [[known(each[name][-1]) for each in kept if each.get(name)] for name in names]
         lines.append([label, *map(plus_minus, values), diverged(runs)])
     last = {run["validation"]["step"][-1] for run in finished(records.main) if run["validation"]}
     steps = f" at step {whole(map(int, last))}" if last else ""
@@ -219,7 +237,7 @@ def hessian_errors(records: Records, out: Path) -> list[str]:
         kept = [run["hessian_error"] for run in pictures.drawn(runs) if run["hessian_error"]]
         if not kept:
             continue
-        first, last = (mean([each["value"][place] for each in kept]) for place in (0, -1))
+        first, last = (mean([known(each["value"][place]) for each in kept]) for place in (0, -1))
         steps = f"step {kept[0]['step'][0]:,.0f} to {kept[0]['step'][-1]:,.0f}"
         lines.append([label, number(first), number(last), steps])
     if not lines:
@@ -231,6 +249,32 @@ def hessian_errors(records: Records, out: Path) -> list[str]:
         table(["Optimizer", "First", "Last", "From, to"], lines),
         picture("Hessian error", pictures.hessian_error(records.main, out / "hessian_error.png")),
     ]
+
+
+def known(figure: float | None) -> float:
+    """Not a number, for figures that were not finite."""
+    return math.nan if figure is None else figure
+
+
+def tests(records: Records, out: Path) -> list[str]:
+    """Figures on test data at the end of the runs, and what their models generated."""
+    names = list(dict.fromkeys(name for run in records.main for name in run["test"]))
+    lines = [
+        [
+            label,
+            *(
+                plus_minus([known(run["test"][name]) for run in finished(runs) if name in run["test"]])
+                for name in names
+            ),
+        ]
+        for label, runs in by_label(records.main).items()
+    ]
+    parts = ["## Test", table(["Optimizer", *(name.replace("_", " ") for name in names)], lines)] if names else []
+    for label in by_label(records.main):
+        if (samples := out / "samples" / f"{label}.npy").exists():
+            path = pictures.image_grid(np.load(samples), out / f"samples_{label}.png")
+            parts += [f"Generated by the model that {label} trained (seed 0):", picture(f"Samples, {label}", path)]
+    return parts
 
 
 def trajectories(records: Records, out: Path) -> list[str]:
@@ -270,7 +314,7 @@ def origin(records: Records, name: str, used: Mapping[str, Any]) -> str:
     if not used:
         return NOTHING
     if name not in records.searched:
-        return "given"
+        return "untuned: the search's starting point" if used == defaults(name) else "given"
     factor = 0.5 if records.experiment.halve_lr else 1.0
     found = {key: value * (factor if key == "lr" else 1.0) for key, value in records.tuned.get(name, {}).items()}
     same = found.keys() == used.keys() and all(math.isclose(found[key], used[key]) for key in used)

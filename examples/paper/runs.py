@@ -1,6 +1,7 @@
 """Training runs: one job, its result as one JSON line, and many of them over worker processes, resumable."""
 
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -28,8 +29,11 @@ BINS = 200  # points of a learning curve
 TAIL = 0.1  # the share of the steps, at the end, whose mean loss is a run's score
 PROBES = 100  # random directions of the Hessian error
 CHECKPOINT_SECONDS = 120.0
+PROGRESS_SECONDS = 10.0  # at most, between two signs of life
+SKIPS = 10  # steps that LODO may skip, before it counts as diverged where they are a tenth of all
 
 Result = dict[str, Any]
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,20 @@ class Place:
     """Where runs happen.
 
     Attributes:
+        workers: how many runs share the machine; for the record.
         checkpoints: the folder for states of unfinished runs; None: none are kept.
+        samples: the folder for what a run of seed 0 makes of its model in the end; None: it is not asked.
     """
 
     device: str = "cpu"
     data_root: Path | None = None
     threads: int = 1
+    workers: int = 1
     checkpoints: Path | None = None
+    samples: Path | None = None
+
+    def checkpoint(self, job: "Job") -> Path | None:
+        return self.checkpoints / f"{job.key}.pt" if self.checkpoints else None
 
 
 class Curve:
@@ -118,8 +129,8 @@ class Recorder:
     def __init__(self, job: Job, task: Task) -> None:
         self.job, self.task = job, task
         self.curve = Curve(job.steps)
-        self.validation: dict[str, list[float]] = {}
-        self.hessian: dict[str, list[float]] = {}
+        self.validation: dict[str, list[float | None]] = {}
+        self.hessian: dict[str, list[float | None]] = {}
         self.trajectory: list[list[float]] = []
         self.step = 0
         self.training_seconds = 0.0
@@ -138,10 +149,10 @@ class Recorder:
         if job.validate_every and step % job.validate_every == 0:
             figures = {"step": float(step), "seconds": self.training_seconds} | self.task.validate()
             for name, figure in figures.items():
-                self.validation.setdefault(name, []).append(figure)
+                self.validation.setdefault(name, []).append(_finite(figure))
         if job.hessian_every and step % job.hessian_every == 0 and isinstance(optimizer, lodo.LODO):
             self.hessian.setdefault("step", []).append(float(step))
-            self.hessian.setdefault("value", []).append(hessian_error(optimizer, self.task, seed=step))
+            self.hessian.setdefault("value", []).append(_finite(hessian_error(optimizer, self.task, seed=step)))
 
 
 def hessian_error(optimizer: lodo.LODO, task: Task, seed: int) -> float:
@@ -156,10 +167,11 @@ def hessian_error(optimizer: lodo.LODO, task: Task, seed: int) -> float:
 def run(job: Job, place: Place, on_progress: Callable[[int], None] | None = None) -> Result:
     """Trains as `job` says and returns the result, ready for JSON.
 
-    A loss that is not finite ends the run there, and is recorded as such.
+    A loss that is not finite ends the run there as diverged. So does a LODO that skips a tenth of its steps, since
+    their numbers overflow: it stands still, at a finite loss. The checkpoint is left to the caller to remove.
 
     Args:
-        on_progress: called with the number of steps done since the last call, at every point of the learning curve.
+        on_progress: called with the number of steps done since the last call, every few seconds.
     """
     torch.set_num_threads(place.threads)
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -168,34 +180,49 @@ def run(job: Job, place: Place, on_progress: Callable[[int], None] | None = None
     optimizer = make_optimizer(job.optimizer, task, job.hyperparameters, job.seed)
     setup_seconds = time.perf_counter() - setup
     recorder = Recorder(job, task)
-    checkpoint = place.checkpoints / f"{job.key}.pt" if place.checkpoints else None
+    machine = environment(place, task)
+    checkpoint = place.checkpoint(job)
     if checkpoint and checkpoint.exists():
         _restore(checkpoint, recorder, task, optimizer)
     diverged_at = _train(recorder, optimizer, checkpoint, on_progress)
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
+    final_loss = _finite(recorder.curve.tail_mean(job.steps)) if diverged_at is None else None
+    if diverged_at is None and final_loss is None:
+        diverged_at = job.steps
+    samples = place.samples / f"{job.label}.npy" if place.samples and job.seed == 0 else None
+    test = task.finish(samples) if diverged_at is None and job.part == "main" else {}
     return {
         "format": FORMAT,
         "key": job.key,
         "job": asdict(job),
         "status": "finished" if diverged_at is None else "diverged",
         "diverged_at": diverged_at,
-        "final_loss": recorder.curve.tail_mean(job.steps) if diverged_at is None else None,
+        "final_loss": final_loss,
+        "skipped_steps": skipped_steps(optimizer),
         "seconds": recorder.training_seconds,
         "setup_seconds": setup_seconds,
         "steps_per_second": recorder.step / max(recorder.training_seconds, 1e-9),
         "curve": {name: _short(getattr(recorder.curve, name)) for name in ("step", "seconds", "loss")},
         "validation": recorder.validation,
+        "test": {name: _finite(figure) for name, figure in test.items()},
         "hessian_error": recorder.hessian,
         "trajectory": [_short(point) for point in recorder.trajectory],
         "started": started,
-        "environment": environment(place),
+        "environment": machine,
     }
+
+
+def skipped_steps(optimizer: torch.optim.Optimizer) -> int:
+    return optimizer.skipped_steps if isinstance(optimizer, lodo.LODO) else 0
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity."""
+    return number if math.isfinite(number) else None
 
 
 def _short(numbers: list[Any]) -> list[Any]:
     """Six significant digits: curves are looked at, and the final loss stands beside them in full."""
-    return [float(f"{number:.6g}") if isinstance(number, float) else number for number in numbers]
+    return [_finite(float(f"{number:.6g}")) if isinstance(number, float) else number for number in numbers]
 
 
 def _train(
@@ -208,8 +235,9 @@ def _train(
     job, task, curve = recorder.job, recorder.task, recorder.curve
     step_once = make_step(job.optimizer, task, optimizer)
     intervals = [every for every in (job.validate_every, job.hessian_every) if every]
-    since_checkpoint = time.perf_counter()
-    begun = time.perf_counter() - recorder.training_seconds
+    last_progress = last_checkpoint = begun = time.perf_counter()
+    begun -= recorder.training_seconds
+    reported = recorder.step
     for step in range(recorder.step + 1, job.steps + 1):
         if job.trajectory:
             recorder.trajectory.append(torch.cat([param.detach().reshape(-1) for param in task.params]).tolist())
@@ -219,23 +247,25 @@ def _train(
         if not math.isfinite(loss):
             recorder.training_seconds = time.perf_counter() - begun
             return step
-        bin_full = curve.add(step, loss)
-        if bin_full or step == job.steps:
-            _synchronise(task)
-            recorder.training_seconds = time.perf_counter() - begun
-            done = step - (curve.step[-1] if curve.step else 0)
+        bin_full = curve.add(step, loss) or step == job.steps
+        now = time.perf_counter()
+        is_late, is_due = now - last_progress > PROGRESS_SECONDS, now - last_checkpoint > CHECKPOINT_SECONDS
+        if not (bin_full or is_late or is_due or any(step % every == 0 for every in intervals)):
+            continue
+        _synchronise(task)
+        recorder.training_seconds = time.perf_counter() - begun
+        if bin_full:
             curve.close(step, recorder.training_seconds)
-            if on_progress:
-                on_progress(done)
-        if any(step % every == 0 for every in intervals):
-            _synchronise(task)
-            recorder.training_seconds = time.perf_counter() - begun
-            recorder.measure(optimizer)
-            begun = time.perf_counter() - recorder.training_seconds  # the clock stops while measuring
-        if checkpoint and bin_full and time.perf_counter() - since_checkpoint > CHECKPOINT_SECONDS:
+            if skipped_steps(optimizer) > max(SKIPS, step // 10):
+                return step
+        recorder.measure(optimizer)
+        if on_progress and (bin_full or is_late):
+            on_progress(step - reported)
+            reported, last_progress = step, now
+        if checkpoint and is_due:
             _save(checkpoint, recorder, task, optimizer)
-            since_checkpoint = time.perf_counter()
-            begun = since_checkpoint - recorder.training_seconds
+            last_checkpoint = time.perf_counter()
+        begun = time.perf_counter() - recorder.training_seconds  # the clock stood still meanwhile
     return None
 
 
@@ -254,29 +284,32 @@ def _save(path: Path, recorder: Recorder, task: Task, optimizer: torch.optim.Opt
 
 
 def _restore(path: Path, recorder: Recorder, task: Task, optimizer: torch.optim.Optimizer) -> None:
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     task.load_state_dict(state["task"])
     optimizer.load_state_dict(state["optimizer"])
     recorder.load_state_dict(state["recorder"])
 
 
-def environment(place: Place) -> dict[str, Any]:
-    """The versions and the device behind a result."""
-    name = torch.cuda.get_device_name(place.device) if place.device.startswith("cuda") else platform.machine()
+def environment(place: Place, task: Task) -> dict[str, Any]:
+    """The versions and the device behind a result; the load of the machine is that at the start."""
+    device = task.params[0].device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "lodo": lodo.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
-        "device": place.device,
+        "device": device.type,
         "device_name": name,
         "threads": place.threads,
+        "workers": place.workers,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results in a JSON lines file, in order. A last line cut off by a kill is left out, with a warning to stderr.
+    """The results in a JSON lines file, in order. A last line cut off by a kill is left out, with a note on stderr.
 
     Raises:
         ValueError: a line that is not the last is no result, or the format is another one.
@@ -288,12 +321,12 @@ def read_results(path: Path) -> list[Result]:
     for number, line in enumerate(lines, 1):
         if not line:
             continue
+        if number == len(lines):  # every whole line ends with a line break
+            print(f"{path}: the last line is cut off; its run will be made again", file=sys.stderr)
+            continue
         try:
             result = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                print(f"{path}: the last line is cut off; its run will be made again", file=sys.stderr)
-                continue
             raise ValueError(f"{path}, line {number}: not a JSON line ({error})") from error
         if result.get("format") != FORMAT:
             raise ValueError(f"{path}, line {number}: format must be {FORMAT}, got {result.get('format')!r}")
@@ -306,6 +339,8 @@ def append_result(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(result, allow_nan=False) + "\n"
     with path.open("a+b") as file:
+        if fcntl:  # another process must not take a half-written line for a torn one
+            fcntl.flock(file, fcntl.LOCK_EX)
         content_end = file.seek(0, os.SEEK_END)
         if content_end:
             file.seek(content_end - 1)
@@ -320,11 +355,13 @@ def append_result(path: Path, result: Result) -> None:
 def run_all(jobs: Iterable[Job], path: Path, place: Place, workers: int) -> list[Result]:
     """Makes the runs that `path` does not hold yet, adds each as it ends, and returns all results of `jobs`.
 
-    A run that fails does not take the others with it; the first error is raised when the rest is done.
+    A run that raises does not take the others with it; the first error is raised when the rest is done.
     """
-    jobs = list(jobs)
+    jobs = list({job.key: job for job in jobs}.values())
     done = {result["key"] for result in read_results(path)}
     todo = [job for job in jobs if job.key not in done]
+    if len(todo) < len(jobs):
+        print(f"{path}: {len(jobs) - len(todo)} of {len(jobs)} runs are there already", file=sys.stderr)
     errors: list[tuple[Job, BaseException]] = []
     with tqdm(total=sum(job.steps for job in todo), unit="step", unit_scale=True, disable=not todo) as bar:
         for job, outcome in _outcomes(todo, place, workers, bar):
@@ -333,6 +370,8 @@ def run_all(jobs: Iterable[Job], path: Path, place: Place, workers: int) -> list
                 bar.write(f"{job.label}, seed {job.seed}: {outcome!r}", file=sys.stderr)
                 continue
             append_result(path, outcome)
+            if checkpoint := place.checkpoint(job):
+                checkpoint.unlink(missing_ok=True)
             bar.set_postfix_str(f"{job.label}, seed {job.seed}: {describe(outcome)}")
     if errors:
         job, error = errors[0]
@@ -359,10 +398,14 @@ def _outcomes(
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures: dict[Future[Result], Job] = {pool.submit(run, job, place): job for job in jobs}
-        for future in as_completed(futures):
-            job = futures[future]
-            bar.update(job.steps)
-            yield job, future.exception() or future.result()
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                bar.update(job.steps)
+                yield job, future.exception() or future.result()
+        except BaseException:  # an interrupt, say: the runs that wait must not be made and thrown away
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _attempt(job: Job, place: Place, on_progress: Callable[[int], None]) -> Result | Exception:

@@ -6,10 +6,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -40,8 +42,7 @@ class GeneticSampler(BaseSampler):
         start: the first mean, by parameter name.
         schedule: the generations. A study that has completed them all is sampled around its last mean.
         population: the trials of each.
-        seed: of the draws; each follows from it, the study's name and the trial's number, so that a resumed search goes
-            on as it would have.
+        seed: of the draws; each follows from it, the study's name and the trial's number.
 
     Attributes:
         generation: the one to sample for; None: the first that is not complete. Where several workers ask, another one
@@ -130,6 +131,8 @@ class Search:
         sampler: None for the genetic search, or one of Optuna's, which makes as many trials, all of them as long as
             those of the last generation.
 
+        options: of the task; kept with the study, as its trials hold for these alone.
+
     Raises:
         ValueError: population below 2, no generation, or a study of that name that was begun with others.
     """
@@ -143,6 +146,7 @@ class Search:
         population: int,
         sampler: BaseSampler | None = None,
         seed: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         if population < 2:
             raise ValueError(f"population must be at least 2, of which the better half is averaged, got {population}")
@@ -151,6 +155,8 @@ class Search:
         if sampler is not None:
             schedule, population = schedule[-1:], population * len(schedule)
         self.hyperparameters, self.schedule, self.population = hyperparameters, tuple(schedule), population
+        self.plan = {"population": population, "schedule": [[each.std, each.steps] for each in schedule]}
+        self.plan |= {"options": dict(options)} if options else {}
         self.start = {key: each.normalise(each.default) for key, each in hyperparameters.items()}
         self.genetic = GeneticSampler(self.start, self.schedule, population, seed)
         self.is_genetic = sampler is None
@@ -161,14 +167,13 @@ class Search:
 
     def _check_plan(self) -> None:
         """Writes the plan into a new study; trials of two plans must not be mixed."""
-        plan = {"population": self.population, "schedule": [[each.std, each.steps] for each in self.schedule]}
         begun = self.study.user_attrs.get("plan")
         if begun is None:
-            self.study.set_user_attr("plan", plan)
-        elif begun != plan:
+            self.study.set_user_attr("plan", self.plan)
+        elif begun != self.plan:
             raise ValueError(
-                f"the study {self.study.study_name!r} was begun with {begun}, got {plan}: go on with the former, or "
-                "use another storage"
+                f"the study {self.study.study_name!r} was begun with {begun}, got {self.plan}: go on with the "
+                "former, or use another storage"
             )
 
     def is_done(self) -> bool:
@@ -195,12 +200,14 @@ class Search:
 
         def renew() -> None:
             nonlocal last
-            if time.monotonic() - last > LEASE_SECONDS / 4:
+            if time.monotonic() - last > LEASE_SECONDS / 6:
                 self._renew(trial)
                 last = time.monotonic()
 
         try:
             value = score(self.denormalise(trial.params), self.schedule[number], number, renew)
+        except UpdateFinishedTrialError:  # out of `renew`: the lease ran out, another worker has the trial's place
+            return True
         except BaseException:
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             raise

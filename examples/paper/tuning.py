@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from examples.paper.experiments import Generation
 from examples.paper.optimizers import entry
-from examples.paper.plan import Plan, read_json, read_tuned, write_json
+from examples.paper.plan import Plan, read_json, write_json
 from examples.paper.runs import Job, run
 from examples.paper.search import Search, open_storage, work
 
@@ -38,6 +38,7 @@ def searches(plan: Plan) -> list[Search]:
             experiment.schedule,
             experiment.population,
             make() if make else None,
+            options=experiment.task_options,
         )
         for name in plan.tunable
     ]
@@ -87,11 +88,12 @@ def search(plan: Plan) -> None:
             bar.update(sum(each.trials_done() for each in own) - bar.n)
             time.sleep(1.0)
         bar.update(sum(each.trials_done() for each in own) - bar.n)
-    failed = [process.exitcode for process in processes if process.exitcode]
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(processes)} search workers failed; what they finished is kept")
-    tuned = read_tuned(plan) | {name: each.best() for name, each in zip(plan.tunable, own, strict=True)}
-    write_json(plan.tuned_path, tuned)
-    schedule = [[generation.std, generation.steps] for generation in plan.experiment.schedule]
-    about = {"sampler": plan.sampler, "population": plan.experiment.population, "schedule": schedule}
-    write_json(plan.out / "search.json", read_json(plan.out / "search.json") | dict.fromkeys(plan.tunable, about))
+    done = [each for each in zip(plan.tunable, own, strict=True) if each[1].is_done()]
+    write_json(plan.tuned_path, read_json(plan.tuned_path) | {name: each.best() for name, each in done})
+    about = {name: {"sampler": plan.sampler} | each.plan for name, each in done}
+    write_json(plan.out / "search.json", read_json(plan.out / "search.json") | about)
+    if len(done) < len(own):
+        raise RuntimeError(
+            f"{len(own) - len(done)} of {len(own)} searches did not end, for their workers failed; what was finished "
+            "is kept, and the same command goes on with the rest"
+        )

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Task(ABC):
 
     def validate(self) -> dict[str, float]:
         """Figures on held-out data, by name; no state of the task changes. Empty for tasks without such data."""
+        return {}
+
+    def finish(self, samples: Path | None) -> dict[str, float]:
+        """Figures on test data at the end of a run, by name; a task that generates saves samples to that .npy file."""
         return {}
 
     def hessian(self) -> Callable[[Tensor], Tensor]:

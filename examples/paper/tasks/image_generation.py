@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -144,6 +145,7 @@ class ImageGeneration(Task):
         batch_size: 256 in the paper.
         device: where the network and the images are.
         validation_images: 64 in the paper.
+        test_images: how many of the test set `finish` looks at; None: all.
 
     Raises:
         ValueError: for sizes that do not fit, neither `data_root` nor `data`, or as `load`.
@@ -159,6 +161,7 @@ class ImageGeneration(Task):
         batch_size: int = 256,
         device: torch.device | str = "cpu",
         validation_images: int = 64,
+        test_images: int | None = None,
     ) -> None:
         if data is None:
             if data_root is None:
@@ -184,6 +187,7 @@ class ImageGeneration(Task):
         self.validation_images = self._place(data.train_images[-validation_images:])
         self.test_images = self._place(data.test_images)
         self.side = rows
+        self.tested = test_images
         self._picked = torch.empty(2, 0, dtype=torch.int64)  # of the images and of their pixels
 
     def _place(self, images: Bytes) -> Tensor:
@@ -243,6 +247,13 @@ class ImageGeneration(Task):
     def validate(self) -> dict[str, float]:
         """The mean loss over all pixels of the images held out."""
         return {"validation_loss": self._mean(self.validation_images)}
+
+    def finish(self, samples: Path | None) -> dict[str, float]:
+        """The test loss; `samples` gets 16 generated images, (16, rows, columns), uint8."""
+        if samples:
+            samples.parent.mkdir(parents=True, exist_ok=True)
+            np.save(samples, self.generate(16, seed=0).numpy())
+        return {"test_loss": self.test_loss(self.tested)}
 
     def test_loss(self, images: int | None = None) -> float:
         """The mean loss over all pixels of the test set, or of its first `images` images."""
