@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -396,16 +397,24 @@ def _outcomes(
             yield job, _attempt(job, place, bar.update)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, context, _leave_interrupts_to_the_parent) as pool:
         futures: dict[Future[Result], Job] = {pool.submit(run, job, place): job for job in jobs}
         try:
             for future in as_completed(futures):
                 job = futures[future]
                 bar.update(job.steps)
                 yield job, future.exception() or future.result()
-        except BaseException:  # an interrupt, say: the runs that wait must not be made and thrown away
+        except (
+            BaseException
+        ):  # an interrupt, say: what waits must not be made and thrown away; checkpoints keep the rest
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _attempt(job: Job, place: Place, on_progress: Callable[[int], None]) -> Result | Exception:
