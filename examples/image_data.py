@@ -1,6 +1,7 @@
 """Images of handwritten digits, scikit-learn's bundled ones and MNIST from its original files, and their batches."""
 
 import gzip
+import hashlib
 import math
 import zlib
 from collections.abc import Iterator
@@ -10,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 CLASSES = 10
 UNSIGNED_BYTE = 8  # type code in the third byte of an IDX file
+
+MNIST_MD5 = {  # of the gzipped files
+    "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
+}
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -45,6 +51,9 @@ class ImageBytes:
 
 def digits() -> ImageData:
     """scikit-learn's 1,797 images of 8 x 8 pixels, a fifth of them for testing, always the same ones."""
+    from sklearn.datasets import load_digits  # MNIST and CIFAR-10 do without it
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
     return _prepare(train_x, train_y, test_x, test_y)
@@ -79,6 +88,21 @@ def mnist_bytes(root: Path) -> ImageBytes:
             f"MNIST in {root}: training images are {train_x.shape[1:]}, test images {test_x.shape[1:]} pixels"
         )
     return ImageBytes(train_x, train_y, test_x, test_y)
+
+
+def check_mnist(root: Path) -> None:
+    """Compares the gzipped files with the official checksums; unpacked ones have none.
+
+    Raises:
+        ValueError: naming the file, its checksum and the official one.
+    """
+    for name, expected in MNIST_MD5.items():
+        path = _find(root, name)
+        if path is None or path.suffix != ".gz":
+            continue
+        found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        if found != expected:
+            raise ValueError(f"{path} is not MNIST's file: its MD5 is {found}, expected {expected}")
 
 
 def _prepare(

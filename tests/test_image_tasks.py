@@ -316,6 +316,13 @@ def test_generated_images_follow_the_model() -> None:
     assert abs(counts[0].item() - 100) < 30  # of 200, at even chances
 
 
+def test_finish_tests_and_samples(tmp_path: Path) -> None:
+    task = generation(data=digits(side=5), test_images=3)
+    figures = task.finish(tmp_path / "samples" / "LODO.npy")
+    assert figures == {"test_loss": task.test_loss(3)}
+    assert np.array_equal(np.load(tmp_path / "samples" / "LODO.npy"), task.generate(16, seed=0).numpy())
+
+
 def test_sizes_of_images_are_checked() -> None:
     with pytest.raises(ValueError, match="squares of at most 32 x 32"):
         generation(data=digits(side=33))
@@ -339,6 +346,13 @@ def test_paper_needs_all_of_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(image_generation, "COUNTS", (60, 20))
     for part, count in (("train", 60), ("t10k", 20)):
         write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", torch.ones(count, 28, 28))
+    with pytest.raises(ValueError, match=r"train-images.* is not MNIST's file: its MD5 is .*, expected f68b3c2d"):
+        image_generation.load(tmp_path)
+    sums = {
+        path.name.removesuffix(".gz"): hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        for path in tmp_path.glob("*.gz")
+    }
+    monkeypatch.setattr(image_data, "MNIST_MD5", sums)
     task = ImageGeneration(0, data_root=tmp_path, batch_size=2, validation_images=1)
     assert task.train_images.shape == (59, 28, 28)
     task.draw()

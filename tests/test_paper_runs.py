@@ -314,6 +314,14 @@ def test_learning_rates_are_halved_where_the_paper_does():
     assert training_jobs(plan, tuned)[1].hyperparameters["meta_lr"] == 0.1
 
 
+def test_missing_packages_are_named_at_the_start(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "pytorch_optimizer" else 1)
+    command.parse(["bowl", "--optimizers", "SGD"])
+    with pytest.raises(SystemExit):
+        command.parse(["bowl", "--optimizers", "SGD,Yogi"])
+    assert "pytorch_optimizer must be installed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

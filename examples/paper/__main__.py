@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def make_plan(options: argparse.Namespace, stages: set[str]) -> Plan:
     names = tuple(dict.fromkeys(options.optimizers.split(","))) if options.optimizers else experiment.optimizers
     for name in names:
         entry(name)
+    check_packages(names, stages)
     if "LODO-Transplanted" in names:
         raise ValueError("LODO-Transplanted is part of the bowl's sweeps, which run it after so many steps of LODO")
     if experiment.task in NEEDS_DATA and options.data_root is None and {"search", "train", "sweep"} & stages:
@@ -86,6 +88,20 @@ def make_plan(options: argparse.Namespace, stages: set[str]) -> Plan:
         sweep_runs=options.sweep_runs or experiment.runs,
         sweep_steps=options.sweep_steps or experiment.steps,
     )
+
+
+def check_packages(optimizers: Sequence[str], stages: set[str]) -> None:
+    """Says at the start which package is missing, rather than after hours.
+
+    Raises:
+        ValueError: naming the packages.
+    """
+    needed = {"matplotlib"} if "report" in stages else set()
+    needed |= {"tqdm"} if stages != {"report"} else set()
+    needed |= {"optuna"} if "search" in stages else set()
+    needed |= {"pytorch_optimizer"} if {"Yogi", "LARS"} & set(optimizers) and stages != {"report"} else set()
+    if missing := sorted(name for name in needed if importlib.util.find_spec(name) is None):
+        raise ValueError(f"{', '.join(missing)} must be installed: pip install -e '.[paper]'")
 
 
 def shaped(experiment: Experiment, options: argparse.Namespace) -> Experiment:

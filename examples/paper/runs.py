@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import lodo
 from examples.paper.optimizers import make_optimizer, make_step
@@ -364,6 +363,8 @@ def run_all(jobs: Iterable[Job], path: Path, place: Place, workers: int) -> list
     if len(todo) < len(jobs):
         print(f"{path}: {len(jobs) - len(todo)} of {len(jobs)} runs are there already", file=sys.stderr)
     errors: list[tuple[Job, BaseException]] = []
+    from tqdm import tqdm  # `run` does without it
+
     with tqdm(total=sum(job.steps for job in todo), unit="step", unit_scale=True, disable=not todo) as bar:
         for job, outcome in _outcomes(todo, place, workers, bar):
             if isinstance(outcome, BaseException):
@@ -389,9 +390,7 @@ def describe(result: Result) -> str:
     return f"{result['final_loss']:.4g}"
 
 
-def _outcomes(
-    jobs: list[Job], place: Place, workers: int, bar: "tqdm[Any]"
-) -> Iterator[tuple[Job, Result | BaseException]]:
+def _outcomes(jobs: list[Job], place: Place, workers: int, bar: Any) -> Iterator[tuple[Job, Result | BaseException]]:
     if workers == 1:
         for job in jobs:
             yield job, _attempt(job, place, bar.update)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from examples.image_data import Bytes, ImageBytes, mnist_bytes
+from examples.image_data import Bytes, ImageBytes, check_mnist, mnist_bytes
 from examples.paper.tasks.base import Task
 
 SIDE = 28  # of MNIST's images
@@ -32,13 +32,15 @@ def load(root: Path) -> ImageBytes:
 
     Raises:
         FileNotFoundError: saying which files to put where.
-        ValueError: for damaged files, or if these are not MNIST's 60,000 and 10,000 images of 28 x 28 pixels.
+        ValueError: for damaged files, if these are not MNIST's 60,000 and 10,000 images of 28 x 28 pixels, or if the
+            checksum of a gzipped one is not the official one.
     """
     data = mnist_bytes(root)
     for name, images, count in zip(("training", "test"), (data.train_images, data.test_images), COUNTS, strict=True):
         if images.shape != (count, SIDE, SIDE):
             found = " x ".join(map(str, images.shape))
             raise ValueError(f"MNIST in {root}: the {name} images must be {count} x {SIDE} x {SIDE}, they are {found}")
+    check_mnist(root)
     return data
 
 
