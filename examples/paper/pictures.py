@@ -285,20 +285,15 @@ def metric_limits(curves: Sequence[Array]) -> tuple[float, float] | None:
 def hessian_error(results: Sequence[Result], path: Path) -> Path:
     """||I - G H||_F / sqrt(n) over the steps, of every optimizer that has a G."""
     groups = {name: runs for name, runs in by_label(results).items() if any(run["hessian_error"] for run in runs)}
+    series = {name: lines(drawn(runs), "hessian_error", "step", "value") for name, runs in groups.items()}
+    means = np.concatenate([y.mean(axis=0) for _, y in series.values()])
+    log = bool(np.nanmax(means) > 10 * np.nanmin(means))
     figure, (axes,) = new_figure(height=4.2)
-    axes.set(xscale="log", yscale="log", ylabel="||I - G H|| / sqrt(n)")
+    axes.set(xscale="log", yscale="log" if log else "linear", ylabel="||I - G H|| / sqrt(n)")
     for name, runs in groups.items():
-        draw_lines(axes, name, runs, *lines(drawn(runs), "hessian_error", "step", "value"), log=True)
+        draw_lines(axes, name, runs, *series[name], log=log)
     set_axes(axes, "step", groups, f"Hessian error, {count_runs(groups)}")
-    plain_ticks(axes)
     return save(figure, path)
-
-
-def plain_ticks(axes: Axes) -> None:
-    """Labels within a decade of a logarithmic y axis too, for less than one decade may be in view."""
-    low, high = axes.get_ylim()
-    if high < 12 * low:
-        axes.yaxis.set_minor_formatter(lambda value, _: "" if f"{value:.0e}"[0] in "79" else f"{value:.1g}")
 
 
 def sweep(
