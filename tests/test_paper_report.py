@@ -24,7 +24,7 @@ STEPS = 2000
 SEEDS = (0, 1, 2)
 FLOOR = NoisyBowl(0).floor
 # Final loss and steps per second of the synthetic runs.
-BOWL_SPEED = {"LODO": (11.0, 800.0), "Adam": (15.5, 4000.0), "SGD": (18.0, 5000.0), "LODO-Diagonal": (16.0, 900.0)}
+BOWL_SPEED = {"LODO": (11.0, 80.0), "Adam": (15.5, 400.0), "SGD": (18.0, 500.0), "LODO-Diagonal": (16.0, 90.0)}
 SEARCH = {"sampler": "genetic", "population": 8, "schedule": [[3.0, 100], [1.0, 500]]}
 Shape = Callable[[np.ndarray], np.ndarray]
 
@@ -234,7 +234,7 @@ def test_bowl_losses(bowl: tuple[str, Path, list[Result]]) -> None:
         assert row["Diverged"] == ("1/3" if name == "SGD" else "0/3")
     assert table_row(text, "Floor", "## Losses")["Loss"] == f"{FLOOR:.3f}"
     # Seeds 0, 1, 2 ran at 1, 1.05 and 1.1 times the given speed.
-    assert table_row(text, "Adam", "## Losses")["Steps/s"] == "4,200"
+    assert table_row(text, "Adam", "## Losses")["Steps/s"] == "420"
     assert table_row(text, "LODO", "## Losses")["Steps/s, Adam = 1"] == "0.200"
 
 

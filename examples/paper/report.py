@@ -119,17 +119,15 @@ def losses(records: Records, out: Path) -> list[str]:
             "the time of the fastest run, from the bins of the learning curves."
         )
     by_steps = pictures.learning_curves(records.main, out / "losses_by_step.png", "step", floor)
-    parts = [
+    by_time = pictures.learning_curves(records.main, out / "losses_by_time.png", "seconds", floor, time)
+    return [
         "## Losses",
         loss_table(found, floor),
         sentence + deterministic(found) + setup_times(found),
         "\n".join(f"- {line}" for line in headlines(found, floor)),
         picture("Training loss over steps", by_steps),
+        picture("Training loss over time", by_time),
     ]
-    if time is not None:
-        by_time = pictures.learning_curves(records.main, out / "losses_by_time.png", "seconds", floor, time)
-        parts.append(picture("Training loss over time", by_time))
-    return parts
 
 
 def deterministic(found: Sequence[Row]) -> str:
