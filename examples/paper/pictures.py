@@ -231,13 +231,16 @@ def learning_curves(
     losses = [loss for runs in groups.values() for loss in final_losses(runs)]
     spans = bool(losses) and max(losses) > WIDE * min(losses) > 0
     log = exact or (spans and floor is None)
+    series = {name: lines(drawn(runs), "curve", by, "loss", smooth=not exact) for name, runs in groups.items()}
     figure, (axes,) = new_figure()
     if log:
         axes.set_yscale("log")
     elif losses:
-        axes.set_ylim(*loss_limits(losses, floor))
+        low, high = loss_limits(losses, floor)
+        lowest = min(float(np.nanmin(y.mean(axis=0))) for _, y in series.values() if y.size)
+        axes.set_ylim(min(low, lowest - 0.02 * (high - lowest)), high)
     for name, runs in groups.items():
-        draw_lines(axes, name, runs, *lines(drawn(runs), "curve", by, "loss", smooth=not exact), log)
+        draw_lines(axes, name, runs, *series[name], log)
     if floor is not None:
         axes.axhline(floor, color="black", linestyle=":", linewidth=1.4, label=f"floor, {floor:.4g}")
     if common_time is not None and by == "seconds":
