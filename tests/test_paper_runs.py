@@ -43,7 +43,9 @@ def losses_of(a_job):
 
 
 def without_times(result):
-    kept = {name: value for name, value in result.items() if "second" not in name and name != "started"}
+    """What two runs of the same job must have in common: all but the clock and the load of the machine."""
+    dropped = ("seconds", "setup_seconds", "steps_per_second", "started", "environment")
+    kept = {name: value for name, value in result.items() if name not in dropped}
     return kept | {"curve": {name: values for name, values in result["curve"].items() if name != "seconds"}}
 
 
