@@ -223,6 +223,7 @@ def killed_jobs():
 
 def run_killed_jobs(path):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     run_all(killed_jobs(), path, PLACE, workers=2)
 
 
