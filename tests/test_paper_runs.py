@@ -227,15 +227,21 @@ def run_killed_jobs(path):
     run_all(killed_jobs(), path, PLACE, workers=2)
 
 
-def test_kill_and_resume_loses_nothing(tmp_path):
-    path = tmp_path / "runs.jsonl"
+def signalled_after_two_runs(path, number):
+    """The process that made the runs, after it and its workers got the signal and it ended."""
     process = multiprocessing.get_context("spawn").Process(target=run_killed_jobs, args=(path,))
     process.start()
     while len(read_results(path)) < 2:
         assert process.is_alive()
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    os.killpg(process.pid, number)
+    process.join(timeout=60)
+    return process
+
+
+def test_kill_and_resume_loses_nothing(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    signalled_after_two_runs(path, signal.SIGKILL)
     kept = read_results(path)
     results = run_all(killed_jobs(), path, PLACE, workers=1)
     assert results[: len(kept)] == kept
@@ -248,13 +254,7 @@ def test_kill_and_resume_loses_nothing(tmp_path):
 def test_an_interrupt_drops_the_runs_that_wait(tmp_path):
     """As Ctrl-C does it: the signal reaches the workers too."""
     path = tmp_path / "runs.jsonl"
-    process = multiprocessing.get_context("spawn").Process(target=run_killed_jobs, args=(path,))
-    process.start()
-    while len(read_results(path)) < 2:
-        assert process.is_alive()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    process.join(timeout=60)
+    process = signalled_after_two_runs(path, signal.SIGINT)
     assert process.exitcode not in (None, 0)
     assert 2 <= len(read_results(path)) < len(killed_jobs())
 
