@@ -6,6 +6,8 @@ Adam in the authors' form (paper, Algorithm 1; betas 0.9 and 0.999, eps 1e-7):
     theta <- theta - meta_lr * sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps)
 
 or plain SGD (the ablation LODO-SGD): theta <- theta - meta_lr * h.
+
+M and V are of theta's dtype, or bfloat16 (`meta_state_dtype`), rounded stochastically; the arithmetic is in theta's.
 """
 
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lodo.rounding import random_words, to_bfloat16
 from lodo.scalars import Number, is_tensor
 
 BETA1 = 0.9
@@ -20,6 +23,9 @@ BETA2 = 0.999
 EPS = 1e-7
 
 KINDS = ("adam", "sgd")
+
+MOMENT_DTYPES = {None: None, "bfloat16": torch.bfloat16}
+"""The values of the option `meta_state_dtype`; None is theta's dtype."""
 
 Moments = tuple[Tensor, Tensor]
 """(M, V) of the inner Adam, each of theta's shape."""
@@ -32,31 +38,43 @@ class Rates(NamedTuple):
     forget1: Number  # 1 - b1
     keep2: Number  # b2
     forget2: Number  # 1 - b2
+    count: Number  # the t above, which salts the stochastic rounding
 
 
-def start_moments(theta: Tensor) -> Moments:
-    """M and V before the first step."""
-    return torch.zeros_like(theta), torch.zeros_like(theta)
+def start_moments(theta: Tensor, kind: str | None = None) -> Moments:
+    """M and V before the first step; `kind` is the option `meta_state_dtype`."""
+    dtype = MOMENT_DTYPES[kind]
+    return torch.zeros_like(theta, dtype=dtype), torch.zeros_like(theta, dtype=dtype)
+
+
+def cast(moments: Moments, theta: Tensor, kind: str | None) -> Moments:
+    """The moments in the dtype that the option `meta_state_dtype` asks for now."""
+    dtype = MOMENT_DTYPES[kind] or theta.dtype
+    return moments[0].to(dtype), moments[1].to(dtype)
 
 
 def rates(kind: str, meta_lr: float, count: Number, active: Number, dtype: torch.dtype) -> Rates:
     """The rates of inner step number `count`, the t above. Those of an inactive step leave theta, M and V as they are,
     bit for bit."""
-    if kind == "sgd":
-        step_size = active * meta_lr
-    else:
-        t = count + (count < 1)  # an inactive first step must not divide 0 by 0
-        step_size = active * meta_lr * (1 - BETA2**t) ** 0.5 / (1 - BETA1**t)
-    numbers = (step_size, active * (1 - BETA1), 1 - active * (1 - BETA2), active * (1 - BETA2))
+    t = count + (count < 1)  # an inactive first step must not divide 0 by 0
+    bias = 1 if kind == "sgd" else (1 - BETA2**t) ** 0.5 / (1 - BETA1**t)
+    numbers = (active * meta_lr * bias, active * (1 - BETA1), 1 - active * (1 - BETA2), active * (1 - BETA2), t)
     return Rates(*(torch.stack(numbers).to(dtype).unbind() if is_tensor(active) else numbers))
 
 
-def update_(theta: Tensor, h: Tensor, moments: Moments | None, rates: Rates) -> None:
-    """One inner step of `theta` (any slice of it, with the same slice of the moments) in place. Overwrites `h`."""
+def update_(theta: Tensor, h: Tensor, moments: Moments | None, rates: Rates, first: int = 0) -> None:
+    """One inner step of `theta` in place, along `h`, which it overwrites.
+
+    They may be a contiguous slice of the whole, with the same slice of the moments; `first` is its place there.
+    """
     if moments is None:
         theta.sub_(h.mul_(rates.step_size))
         return
-    exp_avg, exp_avg_sq = moments
+    exp_avg, exp_avg_sq = (moment.to(theta.dtype) for moment in moments)  # no copies unless they are bfloat16
     exp_avg.lerp_(h, rates.forget1)
     exp_avg_sq.mul_(rates.keep2).add_(h.mul_(h).mul_(rates.forget2))
     theta.sub_(torch.sqrt(exp_avg_sq, out=h).add_(EPS).reciprocal_().mul_(exp_avg).mul_(rates.step_size))
+    if moments[0].dtype == torch.bfloat16:
+        words = random_words(first, theta.numel(), rates.count, theta.device)
+        moments[0].copy_(to_bfloat16(exp_avg, words))
+        moments[1].copy_(to_bfloat16(exp_avg_sq, words >> 16))

@@ -41,7 +41,11 @@ class LODO(Optimizer):
         expansion: n~ / n >= 1, before n~ is rounded up to a multiple of k ("block_permutation", "residual").
         permutation: "random", or "shuffle" for the perfect shuffle, which moves no data ("block_permutation").
         meta_optimizer: "adam" or "sgd".
+        meta_every: K >= 1: G is learned at every K-th step only, and applied at every step.
+        meta_state_dtype: of the inner Adam's moments: None for the network's own, or "bfloat16" (torch.bfloat16 is taken
+            too) with stochastic rounding, which halves the memory of the moments.
         maximize: ascend instead of descend.
+        capturable: allow `step` to be captured in a CUDA graph, after at least one step outside; see `step`.
         seed: of the initial network; gives the same numbers on every device.
 
     Raises:
@@ -67,7 +71,10 @@ class LODO(Optimizer):
         expansion: float = 2,
         permutation: str = "random",
         meta_optimizer: str = "adam",
+        meta_every: int = 1,
+        meta_state_dtype: str | torch.dtype | None = None,
         maximize: bool = False,
+        capturable: bool = False,
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -81,7 +88,10 @@ class LODO(Optimizer):
             "expansion": expansion,
             "permutation": permutation,
             "meta_optimizer": meta_optimizer,
+            "meta_every": meta_every,
+            "meta_state_dtype": _plain(meta_state_dtype),
             "maximize": maximize,
+            "capturable": capturable,
             "seed": seed,
         }
         check_options(defaults)
@@ -100,6 +110,8 @@ class LODO(Optimizer):
         """
         learned = None
         if isinstance(param_group, dict):
+            if "meta_state_dtype" in param_group:
+                param_group = {**param_group, "meta_state_dtype": _plain(param_group["meta_state_dtype"])}
             options = {**self.defaults, **param_group}
             check_options(options)
             if isinstance(options["preconditioner"], Preconditioner):
@@ -150,12 +162,19 @@ class LODO(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step on the gradients in `.grad`; see `lodo.step.lodo_step`.
 
+        In a CUDA graph (`capturable=True`) an lr that is to change between replays must be a tensor on the device; the
+        other options are fixed when the graph is captured. Skipped steps are counted there, without a warning.
+
         Args:
             closure: reevaluates the model and returns the loss.
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients, or for a capture that is not allowed; nothing has changed then.
         """
+        self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -176,6 +195,18 @@ class LODO(Optimizer):
                 self._step_group(group, live, active)
         return loss
 
+    def _check_capture(self) -> None:
+        """Refuses a capture in a CUDA graph unless every group allows it and has the state that a graph can use."""
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            return
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError("capturable must be True in every param group for LODO.step to be captured, got False")
+        if not all(self._has_state(group) for group in self.param_groups if _has_gradients(group["params"])):
+            raise RuntimeError(
+                "LODO makes its networks at the first step, which cannot be captured in a CUDA graph; take at least "
+                "one step before the capture"
+            )
+
     def _notice_skips(self, live: state.GroupState) -> None:
         """Warns at the first skipped step that the host knows of."""
         if not self._has_warned and live.has_new_skips():
@@ -188,8 +219,12 @@ class LODO(Optimizer):
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
         lr = live.lr.get()
+        live.steps.set(live.steps.get() + active)
+        learning = active
+        if group["meta_every"] > 1:
+            learning = active & (live.steps.get() % group["meta_every"] == 0)
         if group["meta_lr"] > 0:
-            live.meta_step.set(live.meta_step.get() + active)
+            live.meta_step.set(live.meta_step.get() + learning)
         step = lodo_step(
             live.gradient,
             live.momentum,
@@ -199,6 +234,7 @@ class LODO(Optimizer):
             live.last_lr.get(),
             lr,
             active,
+            learning,
             beta=group["beta"],
             meta_lr=group["meta_lr"],
             meta_optimizer=group["meta_optimizer"],
@@ -245,12 +281,15 @@ class LODO(Optimizer):
         params = group["params"]
         live = self._live.get(params[0])
         if live is not None and live.is_bound_to(self.state, params):
-            return live if live.moments or not _uses_moments(group) else self._keep(group, live)
+            return live if not _uses_moments(group) or live.has_moments(group) else self._keep(group, live)
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
-        if _uses_moments(group) and live.moments is None:
-            live.moments = meta.start_moments(live.preconditioner.theta)
+        if _uses_moments(group) and not live.has_moments(group):
+            theta, kind = live.preconditioner.theta, group["meta_state_dtype"]
+            live.moments = (
+                meta.start_moments(theta, kind) if live.moments is None else meta.cast(live.moments, theta, kind)
+            )
         live.publish(self.state, group["params"])
         self._live[group["params"][0]] = live
         return live
@@ -267,6 +306,11 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
         check_options({**optimizer.defaults, **saved})
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
     return {**state_dict, "state": state.wrap(state_dict["state"], ids)}
+
+
+def _plain(dtype: Any) -> Any:
+    """A dtype as the string that stands for it among the options; anything else as it is."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def _uses_moments(group: dict[str, Any]) -> bool:
@@ -316,12 +360,15 @@ def check_options(options: dict[str, Any]) -> None:
         _check_choice("preconditioner", options["preconditioner"], tuple(BY_NAME))
     _check_choice("permutation", options["permutation"], ("random", "shuffle"))
     _check_choice("meta_optimizer", options["meta_optimizer"], meta.KINDS)
+    _check_choice("meta_state_dtype", _plain(options["meta_state_dtype"]), tuple(meta.MOMENT_DTYPES))
+    _check_integer("meta_every", options["meta_every"], 1)
     if options["depth"] is not None:
         _check_integer("depth", options["depth"], 0)
     _check_integer("block_size", options["block_size"], 1)
     _check_integer("seed", options["seed"], 0)
-    if not isinstance(options["maximize"], bool):
-        raise ValueError(f"maximize must be a bool, got {options['maximize']!r}")
+    for name in ("maximize", "capturable"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be a bool, got {options[name]!r}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
@@ -336,6 +383,6 @@ def _check_integer(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
 
 
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
+def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
+    if not isinstance(value, str | None) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -2,8 +2,9 @@
 
 Per parameter: "momentum", shaped like it. On the first parameter of a group, for the whole group: "theta" and,
 where it has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and
-"meta_step" of the inner Adam; "last_lr"; "skipped" (steps left out for bad gradients); "format" of this layout.
-Network and momentum are float32, or float64 for groups with float64 parameters.
+"meta_step" of the inner Adam; "last_lr"; "steps" taken and "skipped" (left out for bad gradients); "format" of this
+layout. Network and momentum are float32, or float64 for groups with float64 parameters; the moments of the inner Adam
+are of the same dtype, or bfloat16.
 
 torch's `Optimizer.load_state_dict` casts state to the dtype of the parameter, which would round a float32 network to
 bfloat16 and ruin indices. Saved tensors therefore travel through it inside `AsSaved`, which it does not look into.
@@ -20,7 +21,8 @@ from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.scalars import Cell
 
-FORMAT = 1
+FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
+READABLE = (1, 2)
 GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 
@@ -39,6 +41,7 @@ class GroupState:
     meta_step: Cell
     last_lr: Cell
     skipped: Cell
+    steps: Cell
     # Kept between steps to save allocations.
     gradient: Tensor = field(init=False)
     gradient_parts: list[Tensor] = field(init=False)
@@ -62,6 +65,11 @@ class GroupState:
         self._mailbox.copy_(self.skipped.tensor, non_blocking=True)
         return bool(self._mailbox.numpy() > self._skips_before)
 
+    def has_moments(self, group: dict[str, Any]) -> bool:
+        """Whether there are moments of the dtype that the group asks for."""
+        wanted = meta.MOMENT_DTYPES[group["meta_state_dtype"]] or self.flat.dtype
+        return self.moments is not None and self.moments[0].dtype == wanted
+
     def is_bound_to(self, state: State, params: list[Tensor]) -> bool:
         """Whether `state` still holds these very tensors and the parameters have not been cast or moved."""
         entry = state[params[0]]
@@ -80,6 +88,7 @@ class GroupState:
             "meta_step": self.meta_step.tensor,
             "last_lr": self.last_lr.tensor,
             "skipped": self.skipped.tensor,
+            "steps": self.steps.tensor,
         }
         if self.preconditioner.permutations_stored is not None:
             tensors["permutations"] = self.preconditioner.permutations_stored
@@ -111,7 +120,7 @@ def start(group: dict[str, Any], learned: Preconditioner | None = None) -> Group
         )
     momentum = flat.new_vector()
     wide = torch.float32 if flat.device.type == "mps" else torch.float64
-    cells = [Cell(momentum.new_zeros((), dtype=dtype)) for dtype in (wide, wide, torch.int64)]
+    cells = [Cell(momentum.new_zeros((), dtype=dtype)) for dtype in (wide, wide, torch.int64, torch.int64)]
     return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), *cells)
 
 
@@ -141,10 +150,11 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
 
     theta = here("theta", flat.dtype)
     preconditioner = BY_NAME[group["preconditioner"]].wrap(theta, here("permutations"), flat.size)
-    moments = (
-        None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0], flat.dtype), here(MOMENT_KEYS[1], flat.dtype))
-    )
-    cells = [Cell(here(name)) for name in ("meta_step", "last_lr", "skipped")]
+    wanted = meta.MOMENT_DTYPES[group["meta_state_dtype"]] or flat.dtype
+    moments = None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0], wanted), here(MOMENT_KEYS[1], wanted))
+    if "steps" not in entry:  # format 1
+        entry["steps"] = torch.zeros_like(entry["skipped"])
+    cells = [Cell(here(name)) for name in ("meta_step", "last_lr", "skipped", "steps")]
     return GroupState(flat, preconditioner, moments, momentum, parts, *cells)
 
 
@@ -199,10 +209,10 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
     first, params = entries[0], group["params"]
     if missing := [name for name in GROUP_KEYS if name not in first]:
         raise ValueError(f"{where}: not a state of LODO, or an incomplete one: {', '.join(missing)} missing")
-    if first["format"] != FORMAT:
+    if first["format"] not in READABLE:
         raise ValueError(
-            f"{where}: the state has format {first['format']!r}, this version of lodo reads format {FORMAT}; load it "
-            "with the version of lodo that wrote it"
+            f"{where}: the state has format {first['format']!r}, this version of lodo reads formats 1 to {FORMAT}; "
+            "load it with the version of lodo that wrote it"
         )
     for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
         _check_tensor(f"{where}, parameter {number}: momentum", entry.get("momentum"), tuple(p.shape))
@@ -215,6 +225,8 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
     for name in ("meta_step", "last_lr"):
         _check_tensor(f"{where}: {name}", first[name], ())
     _check_tensor(f"{where}: skipped", first["skipped"], (), torch.int64)
+    if first["format"] > 1:
+        _check_tensor(f"{where}: steps", first.get("steps"), (), torch.int64)
     _check_permutations(where, first.get("permutations"), size, group)
 
 

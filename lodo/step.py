@@ -30,6 +30,7 @@ def lodo_step(
     last_lr: Number,
     lr: Number,
     active: Number,
+    learning: Number,
     *,
     beta: float,
     meta_lr: float,
@@ -48,13 +49,14 @@ def lodo_step(
         last_lr: lr of the last step.
         lr: lr of this step.
         active: whether this step is to be taken.
+        learning: whether theta is to be learned in it (lines 1 and 2), which implies `active`.
         beta, meta_lr, meta_optimizer: as for `lodo.LODO`; meta_lr 0 leaves theta and its inner optimizer alone.
     """
     if is_tensor(active):
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
-        active = active.to(m.dtype)
-    if meta_lr > 0:
-        rates = meta.rates(meta_optimizer, meta_lr, count, active, m.dtype)
+        active, learning = active.to(m.dtype), learning.to(m.dtype)
+    if meta_lr > 0 and (is_tensor(learning) or learning):
+        rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype)
         preconditioner.learn_(g, m, last_lr, moments, rates)
     m.lerp_(g, active * (1 - beta))
     step = preconditioner.apply(m).mul_(lr)

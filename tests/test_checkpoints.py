@@ -192,7 +192,11 @@ REFUSED = [
     ),
     ("another optimizer", adam_state, "not a state of LODO"),
     ("incomplete", lambda: edit(trained_state(), last_lr=None), "last_lr missing"),
-    ("another format", lambda: edit(trained_state(), format=99), "format 99, this version of lodo reads format 1"),
+    (
+        "another format",
+        lambda: edit(trained_state(), format=99),
+        "format 99, this version of lodo reads formats 1 to 2",
+    ),
     ("another block size", lambda: trained_state("shuffle"), r"theta \(set by depth, block_size and expansion\)"),
     ("no momentum", lambda: edit(trained_state(), momentum=None), "momentum must be a tensor"),
     ("momentum shape", lambda: edit(trained_state(), momentum=torch.zeros(3)), r"shape \(3,\) in the saved state"),

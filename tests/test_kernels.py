@@ -15,7 +15,7 @@ from lodo import kernels, meta, scalars
 from lodo.kernels import native, reference
 from lodo.scalars import Cell, choose, energy
 
-RATES = meta.Rates(step_size=0.01, forget1=0.1, keep2=0.9, forget2=0.1)
+RATES = meta.Rates(step_size=0.01, forget1=0.1, keep2=0.9, forget2=0.1, count=3)
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
 
 

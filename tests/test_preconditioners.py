@@ -15,7 +15,7 @@ from lodo.preconditioners.block_permutation import random_orthogonal
 SIZES = (1, 2, 3, 7, 41, 1000)
 BLOCKS = (1, 2, 3, 4, 5, 8, 16)
 # Rates with which the inner Adam's M becomes h itself and theta stays.
-READ_OUT = meta.Rates(step_size=0.0, forget1=1.0, keep2=0.0, forget2=1.0)
+READ_OUT = meta.Rates(step_size=0.0, forget1=1.0, keep2=0.0, forget2=1.0, count=1)
 
 
 def hypergradient(g, gradient, momentum, lr):

@@ -42,7 +42,6 @@ NOT_APPLICABLE = {
     "foreach": "a group is one flat vector: there is no loop over its tensors to replace",
     "fused": "the kernel is chosen by the device of the parameters; there is no second implementation to ask for",
     "differentiable": "a step writes parameters and state in place, without autograd",
-    "capturable": "counts and learning rates lie on the parameters' device always; there is no flag to ask for it",
     "sparse": "G mixes all coordinates of a group, so a step is dense even where a gradient is sparse",
     "complex": "G is a real operator",
     "closure needed": "the gradients in .grad are enough; a closure is optional and called once (LBFGS only)",
@@ -64,7 +63,15 @@ REFUSED = {
     "decay": (None, {"weight_decay": float("nan")}, ValueError, r"weight_decay must be a number >= 0 and .*, got nan"),
     "block_size": (None, {"block_size": 0}, ValueError, r"block_size must be an int >= 1, got 0"),
     "maximize": (None, {"maximize": 1}, ValueError, r"maximize must be a bool, got 1"),
-    **{flag: (None, {flag: True}, TypeError, flag) for flag in ("foreach", "fused", "differentiable", "capturable")},
+    **{flag: (None, {flag: True}, TypeError, flag) for flag in ("foreach", "fused", "differentiable")},
+    "capturable": (None, {"capturable": 1}, ValueError, r"capturable must be a bool, got 1"),
+    "meta_every": (None, {"meta_every": 0}, ValueError, r"meta_every must be an int >= 1, got 0"),
+    "meta_state_dtype": (
+        None,
+        {"meta_state_dtype": torch.float16},
+        ValueError,
+        "meta_state_dtype must be one of None, 'bfloat16', got 'float16'",
+    ),
 }
 
 SCHEDULERS = {
@@ -168,6 +175,7 @@ def info(database):
         optim_error_inputs_func=errors,
         scheduler_inputs=[[build] for build in SCHEDULERS.values()],
         supported_impls=(),
+        has_capturable_arg=True,
         not_og_supported_flags=tuple(LODO([torch.zeros(1)]).defaults),  # a state dict may lack any option
         supports_complex=False,
         supports_multiple_devices=False,

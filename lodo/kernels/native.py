@@ -145,7 +145,7 @@ def learn_(
     """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers, N + 1 for the shuffle."""
     exp_avg, exp_avg_sq = moments or (None, None)
     tensors = (theta, exp_avg, exp_avg_sq, permutations, g, m, work)
-    _call("learn", theta, g.numel(), tensors, lr, *rates, meta.EPS)
+    _call("learn", theta, g.numel(), tensors, lr, *rates[:4], meta.EPS)
 
 
 def _call(name: str, theta: Tensor, size: int, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:

@@ -100,4 +100,4 @@ def learn_(
         if layer > 0:
             pair = unpermute(multiply(theta[layer].transpose(0, 1), back), permutations, layer)
         slices = None if moments is None else (moments[0][layer], moments[1][layer])
-        meta.update_(theta[layer], h, slices, rates)
+        meta.update_(theta[layer], h, slices, rates, layer * h.numel())

@@ -130,4 +130,4 @@ class Residual(Preconditioner):
 
     def _update(self, row: int, h: Tensor, moments: meta.Moments | None, rates: meta.Rates) -> None:
         slices = None if moments is None else (moments[0][row], moments[1][row])
-        meta.update_(self.theta[row], h, slices, rates)
+        meta.update_(self.theta[row], h, slices, rates, row * h.numel())
