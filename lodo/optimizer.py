@@ -42,8 +42,8 @@ class LODO(Optimizer):
         permutation: "random", or "shuffle" for the perfect shuffle, which moves no data ("block_permutation").
         meta_optimizer: "adam" or "sgd".
         meta_every: K >= 1: G is learned at every K-th step only, and applied at every step.
-        meta_state_dtype: of the inner Adam's moments: None for the network's own, or "bfloat16" (torch.bfloat16 is taken
-            too) with stochastic rounding, which halves the memory of the moments.
+        meta_state_dtype: of the inner Adam's moments: None for the network's own, or "bfloat16" (torch.bfloat16
+            is taken too), with stochastic rounding: half the memory of the moments.
         maximize: ascend instead of descend.
         capturable: allow `step` to be captured in a CUDA graph, after at least one step outside; see `step`.
         seed: of the initial network; gives the same numbers on every device.

@@ -1,9 +1,15 @@
 """Fixtures shared by the tests."""
 
+import os
+
 import pytest
 import torch
 
 from lodo.kernels import native
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter, on CPU tensors. It reads this when it is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=["native", "reference"])

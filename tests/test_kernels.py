@@ -11,22 +11,23 @@ import torch
 from oracle import KINDS, fresh
 
 import lodo
-from lodo import kernels, meta, scalars
+from lodo import meta, rounding, scalars
 from lodo.kernels import native, reference
+from lodo.rounding import random_words, to_bfloat16
 from lodo.scalars import Cell, choose, energy
 
 RATES = meta.Rates(step_size=0.01, forget1=0.1, keep2=0.9, forget2=0.1, count=3)
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
 
 
-def tensors(size, layers, block, expansion, permutation, dtype):
+def tensors(size, layers, block, expansion, permutation, dtype, moments_dtype=None):
     shape = lodo.BlockPermutation.theta_shape(
         size, {"depth": layers, "block_size": block, "expansion": expansion, "permutation": permutation}
     )
     theta = torch.randn(shape, dtype=dtype) / block**0.5
     padded = block * shape[3]
     indices = torch.stack([torch.randperm(padded) for _ in range(layers)]).int() if permutation == "random" else None
-    moments = (0.1 * torch.randn(shape, dtype=dtype), 0.1 * torch.rand(shape, dtype=dtype))
+    moments = tuple(0.1 * draw(shape, dtype=dtype).to(moments_dtype or dtype) for draw in (torch.randn, torch.rand))
     return theta, moments, indices, torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
 
 
@@ -37,8 +38,24 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+def close_in_bfloat16(found, expected, eps):
+    """Equal, but for few numbers that differed before the stochastic rounding, by a few roundings of theta's dtype,
+    and came down on the two sides of one step of bfloat16 (or of several, where they nearly cancel)."""
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert (found != expected).sum() <= 0.01 * found.numel()
+    steps = neighbours(found) - neighbours(expected)
+    roundings = 200 * eps * expected.float().abs().max()
+    assert ((steps.abs() <= 1) | ((found.float() - expected.float()).abs() <= roundings)).all()
+
+
+def neighbours(values):
+    """Integers in the order of the bfloat16 numbers `values`, adjacent for adjacent numbers."""
+    bits = values.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
 @needs_compiler
-@pytest.mark.parametrize("inner", ["adam", "sgd"])
+@pytest.mark.parametrize("inner", ["adam", "adam in bfloat16", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("permutation", ["random", "shuffle"])
 @pytest.mark.parametrize(
@@ -59,21 +76,25 @@ def close(found, expected):
     ],
 )
 def test_native_equals_reference(size, layers, block, expansion, permutation, dtype, inner):
-    theta, moments, indices, g, m = tensors(size, layers, block, expansion, permutation, dtype)
+    moments_dtype = torch.bfloat16 if inner == "adam in bfloat16" else dtype
+    theta, moments, indices, g, m = tensors(size, layers, block, expansion, permutation, dtype, moments_dtype)
     copies = (theta.clone(), tuple(moment.clone() for moment in moments))
-    work = torch.full((kernels.work_size(theta, indices, learning=True),), float("nan"), dtype=dtype)
+    work = native.prepare(theta, indices, learning=True, kept=None).fill_(float("nan"))
     close(native.matvec(theta, indices, g, work), reference.matvec(theta, indices, g))
-    given = moments if inner == "adam" else None
-    reference.learn_(theta, given, indices, g, m, 0.3, RATES)
-    native.learn_(copies[0], copies[1] if inner == "adam" else None, indices, g, m, 0.3, RATES, work)
+    reference.learn_(theta, None if inner == "sgd" else moments, indices, g, m, 0.3, RATES)
+    native.learn_(copies[0], None if inner == "sgd" else copies[1], indices, g, m, 0.3, RATES, work)
     close(copies[0], theta)
     for found, expected in zip(copies[1], moments, strict=True):
-        close(found, expected)
+        if inner == "adam in bfloat16":
+            close_in_bfloat16(found, expected, torch.finfo(dtype).eps)
+        else:
+            close(found, expected)
 
 
 @needs_compiler
+@pytest.mark.parametrize("moments_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("permutation", ["random", "shuffle"])
-def test_threads_do_not_change_a_bit(permutation):
+def test_threads_do_not_change_a_bit(permutation, moments_dtype):
     """Large enough that each thread gets several tiles."""
     results = []
     before = torch.get_num_threads()
@@ -81,8 +102,8 @@ def test_threads_do_not_change_a_bit(permutation):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            theta, moments, indices, g, m = tensors(50_000, 3, 4, 2, permutation, torch.float32)
-            work = torch.empty(kernels.work_size(theta, indices, learning=True))
+            theta, moments, indices, g, m = tensors(50_000, 3, 4, 2, permutation, torch.float32, moments_dtype)
+            work = native.prepare(theta, indices, learning=True, kept=None)
             native.learn_(theta, moments, indices, g, m, 0.3, RATES, work)
             results.append((theta, *moments, native.matvec(theta, indices, g, work)))
     finally:
@@ -90,6 +111,117 @@ def test_threads_do_not_change_a_bit(permutation):
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
             assert torch.equal(found, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["native", "reference", "scalars on the device"])
+@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("moments_dtype", [torch.float32, torch.bfloat16])
+def test_an_inactive_step_leaves_every_bit(moments_dtype, count, how):
+    theta, moments, indices, g, m = tensors(999, 3, 4, 2, "random", torch.float32, moments_dtype)
+    before = [tensor.clone() for tensor in (theta, *moments)]
+    numbers = (torch.tensor(float(count)), torch.tensor(0.0)) if how == "scalars on the device" else (count, 0)
+    rates = meta.rates("adam", 0.1, *numbers, torch.float32)
+    if how == "native":
+        work = native.prepare(theta, indices, learning=True, kept=None)
+        native.learn_(theta, moments, indices, g, m, 0.3, rates, work)
+    else:
+        reference.learn_(theta, moments, indices, g, m, 0.3, rates)
+    for found, expected in zip((theta, *moments), before, strict=True):
+        assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+# ---- stochastic rounding -------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_bfloat16_holds_keep_their_bits():
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    numbers = patterns.view(torch.bfloat16)
+    for words in (random_words(0, 2**16, 7, numbers.device), torch.full((2**16,), rounding.MASK)):
+        for dtype in (torch.float32, torch.float64):
+            found = to_bfloat16(numbers.to(dtype), words)
+            assert torch.equal(found.isnan(), numbers.isnan())
+            assert torch.equal(found.view(torch.int16)[~numbers.isnan()], patterns[~numbers.isnan()])
+
+
+def test_large_numbers_stay_large():
+    """float32 numbers beyond the largest of bfloat16 become that or infinity, with their sign; others, finite ones."""
+    largest = torch.finfo(torch.bfloat16).max
+    values = torch.tensor([torch.finfo(torch.float32).max, largest, 0.99 * largest, float("inf")])
+    for bits in (0, 0x1234, 0x8000, 0xFFFF):
+        found = to_bfloat16(torch.cat((values, -values)), torch.full((8,), bits)).float()
+        assert torch.equal(found[4:], -found[:4])
+        assert found[0] >= largest
+        assert found[1] == largest
+        assert 0.98 * largest < found[2] <= largest
+        assert found[3] == float("inf")
+    assert to_bfloat16(torch.tensor([1e300], dtype=torch.float64), torch.zeros(1).long()) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("half", ["M", "V"])
+def test_the_rounding_is_right_on_average(half, dtype):
+    """Each element's mean over the counts, in standard errors of a coin with the element's own probability."""
+    values = torch.randn(1000, dtype=dtype) * torch.logspace(-8, 8, 1000, dtype=dtype)
+    low = to_bfloat16(values, torch.zeros(1000).long()).double()
+    high = to_bfloat16(values, torch.full((1000,), 0xFFFF)).double()
+    counts = 2000
+    total = torch.zeros(1000, dtype=torch.float64)
+    for count in range(1, counts + 1):
+        words = random_words(5000, 1000, count, values.device)
+        rounded = to_bfloat16(values, words if half == "M" else words >> 16).double()
+        assert ((rounded == low) | (rounded == high)).all()
+        total += rounded
+    up = (values.double() - low) / (high - low)
+    errors = (total / counts - values) / (high - low) / (up * (1 - up) / counts).sqrt().clamp(min=2**-16)
+    assert errors.abs().max() < 5
+    assert abs(errors.square().mean() - 1) < 0.25
+    assert abs(errors.mean()) < 5 / 1000**0.5
+
+
+def correlation(a, b):
+    return float(torch.corrcoef(torch.stack((a, b)).double())[0, 1])
+
+
+def test_random_words_are_uniform_and_unrelated():
+    """Both halves of the words, along the elements of a step and along the steps of an element."""
+    n = 2**18
+    device = torch.device("cpu")
+    along_elements = random_words(0, n, 3, device)
+    along_steps = torch.cat([random_words(11, 1, count, device) for count in range(1, 2**13)])
+    for words in (along_elements, along_steps):
+        for half in (words & 0xFFFF, words >> 16):
+            expected = len(words) / 64
+            excess = ((half // 1024).bincount(minlength=64) - expected).square().sum() / expected  # chi^2, 63 degrees
+            assert 20 < excess < 130
+            assert abs(correlation(half[1:], half[:-1])) < 5 / len(half) ** 0.5
+        assert not torch.equal(words & 0xFFFF, words >> 16)
+        assert abs(correlation(words & 0xFFFF, words >> 16)) < 5 / len(words) ** 0.5
+    assert 0 <= along_elements.min() <= along_elements.max() <= rounding.MASK
+    assert abs(correlation(along_elements, random_words(0, n, 4, device))) < 5 / n**0.5
+    assert len(along_elements.unique()) == n  # the hash is a permutation of the 32-bit numbers
+
+
+def test_random_words_depend_on_element_and_count_alone():
+    device = torch.device("cpu")
+    whole = random_words(0, 100, 12, device)
+    assert torch.equal(random_words(40, 25, 12, device), whole[40:65])
+    for salt in (12.0, torch.tensor(12.0), torch.tensor(12.0, dtype=torch.float64), 2**32 + 12):
+        assert torch.equal(random_words(0, 100, salt, device), whole)
+    assert torch.equal(random_words(2**32 + 40, 25, 12, device), whole[40:65])
+
+
+def test_the_second_moment_falls_which_it_would_not_rounded_to_nearest():
+    """With h = 0, V is to fall by 0.1 % a step, and bfloat16 numbers lie 0.4 to 0.8 % apart."""
+    theta = torch.zeros(4096)
+    start = torch.linspace(0.5, 4, 4096).bfloat16()
+    moments = (torch.zeros_like(start), start.clone())
+    for count in range(1, 1001):
+        meta.update_(theta, torch.zeros_like(theta), moments, meta.rates("adam", 0.0, count, 1, theta.dtype))
+    expected = meta.BETA2**1000 * start.float()
+    assert abs(float(moments[1].float().mean() / expected.mean()) - 1) < 0.01
+    assert (moments[1].float() / expected - 1).abs().max() < 0.5
+    assert torch.equal((meta.BETA2 * start.float()).bfloat16(), start)
 
 
 def train(steps, **options):
@@ -180,10 +312,11 @@ def test_the_library_is_built_once(tmp_path, monkeypatch, reload):
     assert list((tmp_path / "lodo").iterdir()) == [built]
 
 
-def steps_with_gaps(kind, inner):
-    """Twelve steps, of which the first and the sixth are skipped; checks that those change nothing."""
-    x = torch.nn.Parameter(torch.linspace(-1, 1, 33))
-    optimizer = lodo.LODO([x], lr=0.1, weight_decay=0.1, preconditioner=kind, depth=3, meta_optimizer=inner)
+def steps_with_gaps(kind, inner, dtype=torch.float32, **options):
+    """Twelve steps, of which the first and the sixth are skipped; checks that those change nothing, and that theta
+    changes in the steps that learn."""
+    x = torch.nn.Parameter(torch.linspace(-1, 1, 33, dtype=dtype))
+    optimizer = lodo.LODO([x], lr=0.1, weight_decay=0.1, preconditioner=kind, depth=3, meta_optimizer=inner, **options)
     for step in range(12):
         x.grad = x.detach().sin() * (float("nan") if step in (0, 5) else 1.0)
         before = {name: value.clone() for name, value in optimizer.state[x].items() if name != "format"}
@@ -195,7 +328,10 @@ def steps_with_gaps(kind, inner):
             assert torch.equal(x, start)
             assert unchanged | {"skipped"} >= before.keys()
         elif step > 2:
-            assert not {"theta", "momentum", "meta_step"} & unchanged
+            learns = int(optimizer.state[x]["steps"]) % options.get("meta_every", 1) == 0
+            learning = {"theta", "meta_step"} if inner == "sgd" else {"theta", "meta_step", "theta_exp_avg"}
+            assert learning & unchanged == (set() if learns else learning)
+            assert not {"momentum", "steps"} & unchanged
     assert optimizer.skipped_steps == 2
     return x.detach(), optimizer.state[x]
 
@@ -212,6 +348,20 @@ def test_scalars_on_the_device_equal_plain_ones(kind, inner, monkeypatch):
     assert other_state.keys() == state.keys()
     for name, value in state.items():
         torch.testing.assert_close(other_state[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"meta_every": 3}, {"meta_state_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scalars_on_the_device_serve_the_options_too(kind, options, monkeypatch):
+    """In float64, where the numbers before a stochastic rounding differ too little to be rounded differently."""
+    monkeypatch.setenv("LODO_NATIVE", "0")
+    x, state = steps_with_gaps(kind, "adam", torch.float64, **options)
+    monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
+    other_x, other_state = steps_with_gaps(kind, "adam", torch.float64, **options)
+    torch.testing.assert_close(other_x, x, rtol=1e-10, atol=1e-12)
+    assert other_state.keys() == state.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(other_state[name], value, rtol=1e-10, atol=1e-12)
 
 
 def test_cells_and_numbers(monkeypatch):

@@ -5,7 +5,8 @@
 //
 // Layouts (K = block size, W = number of blocks in a layer, D = K * W the padded dimension):
 //   theta, moments   (N, K_in, K_out, W): lane w of every row is block w, so that the inner loops run over contiguous
-//                    memory whatever K is.
+//                    memory whatever K is. Theta and vectors are of type T, the moments of type M: T, Bfloat16, or
+//                    void, which stands for the inner SGD.
 //   vectors          "canonical": component o of block w at w * K + o. "planar": the same component at o * W + w.
 //
 // The perfect shuffle is free. Written in planar order, the output of a layer is, byte for byte, the canonical order of
@@ -16,8 +17,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <thread>
+#include <type_traits>
 
 namespace {
 
@@ -26,8 +29,9 @@ constexpr int64_t kMinPerThread = 1 << 14; // numbers of theta per layer that ma
 constexpr int kSpins = 2000;               // looks at a counter before a waiting thread offers its core to others
 
 template <typename T> struct Network {
-  T *theta, *exp_avg, *exp_avg_sq; // exp_avg null: inner SGD
-  const int32_t *permutations;     // (N, D) canonical, or null: the perfect shuffle
+  T *theta;
+  void *exp_avg, *exp_avg_sq;  // of type M
+  const int32_t *permutations; // (N, D) canonical, or null: the perfect shuffle
   int64_t layers, block, width, size;
   int64_t dim() const { return block * width; }
   int64_t tile() const {
@@ -39,6 +43,7 @@ template <typename T> struct Network {
 
 template <typename T> struct Rates { // see lodo/meta.py
   T step_size, forget1, keep2, forget2, eps;
+  uint32_t turn; // salts the stochastic rounding
 };
 
 int team_size(int64_t layer_numbers, int threads) {
@@ -178,9 +183,40 @@ void multiply_two(const T *theta, const Network<T> &net, int64_t begin, int64_t 
   }
 }
 
+// Moments in bfloat16 are rounded stochastically, as in lodo/rounding.py and with the same random bits.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline uint32_t random_word(uint32_t index, uint32_t turn) {
+  uint32_t x = index ^ turn;
+  x = (x ^ x >> 16) * 0x7FEB352Du;
+  x = (x ^ x >> 15) * 0x846CA68Bu;
+  return x ^ x >> 16;
+}
+
+template <typename T> inline T load(T moment) { return moment; }
+
+inline float load(Bfloat16 moment) {
+  const uint32_t word = uint32_t(moment.bits) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+// value, rounded up with the probability that 16 random bits give, where it is rounded at all.
+template <typename T> inline void store(T &moment, T value, uint32_t) { moment = value; }
+
+template <typename T> inline void store(Bfloat16 &moment, T value, uint32_t bits) {
+  const float narrow = float(value);
+  uint32_t word;
+  std::memcpy(&word, &narrow, sizeof word);
+  moment.bits = uint16_t((word + bits) >> 16);
+}
+
 // The heart of the step: per block, the hypergradient h = a d^T + c e^T, the inner update of B with it, and the
 // back-propagated d <- B d, e <- B e with the B from before the update, in one pass over B and its moments.
-template <typename T, bool kAdam>
+template <typename T, typename M>
 void learn_tile(const Network<T> &net, int64_t offset, const Rates<T> &rates, int64_t lanes, const T *a, const T *c,
                 int64_t ac_stride, const T *d, const T *e, int64_t de_stride, T *back_d, T *back_e,
                 int64_t back_stride) {
@@ -197,19 +233,21 @@ void learn_tile(const Network<T> &net, int64_t offset, const Rates<T> &rates, in
       const T *__restrict ee = e + o * de_stride;
       const int64_t row = offset + (i * K + o) * net.width;
       T *__restrict b = net.theta + row;
-      if (kAdam) {
-        T *__restrict m = net.exp_avg + row;
-        T *__restrict v = net.exp_avg_sq + row;
+      if constexpr (!std::is_void_v<M>) {
+        M *__restrict m = static_cast<M *>(net.exp_avg) + row;
+        M *__restrict v = static_cast<M *>(net.exp_avg_sq) + row;
 #pragma omp simd
         for (int64_t t = 0; t < lanes; ++t) {
           const T h = ai[t] * dd[t] + ci[t] * ee[t];
-          const T mt = m[t] + r.forget1 * (h - m[t]);
-          const T vt = r.keep2 * v[t] + r.forget2 * (h * h);
+          const T m0 = load(m[t]);
+          const T mt = m0 + r.forget1 * (h - m0);
+          const T vt = r.keep2 * load(v[t]) + r.forget2 * (h * h);
           bd[t] += b[t] * dd[t];
           be[t] += b[t] * ee[t];
           b[t] -= r.step_size * mt / (std::sqrt(vt) + r.eps);
-          m[t] = mt;
-          v[t] = vt;
+          const uint32_t bits = random_word(uint32_t(row + t), r.turn); // only Bfloat16 uses it
+          store(m[t], mt, bits & 0xFFFF);
+          store(v[t], vt, bits >> 16);
         }
       } else {
 #pragma omp simd
@@ -223,6 +261,8 @@ void learn_tile(const Network<T> &net, int64_t offset, const Rates<T> &rates, in
     }
   }
 }
+
+template <typename T> using LearnTile = decltype(&learn_tile<T, T>); // whatever the type of the moments
 
 // ---- perfect shuffle ----------------------------------------------------------------------------------------------
 
@@ -247,7 +287,8 @@ template <typename T> void from_network(Worker &worker, const Network<T> &net, c
   });
 }
 
-template <typename T> void matvec_shuffle(Worker &worker, const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
+template <typename T>
+void matvec_shuffle(Worker &worker, const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
   const int64_t K = net.block, D = net.dim(), tile = net.tile();
   T *x = work, *y = work + D;
   into_network(worker, net, v, x);
@@ -266,9 +307,9 @@ template <typename T> void matvec_shuffle(Worker &worker, const Network<T> &net,
 
 // work: one slot of two vectors for the input of each layer and one for the output of the last. Going back, the slot
 // of a layer's input takes that layer's back-propagated pair: the memory order is the one the layer below expects.
-template <typename T, bool kAdam>
-void learn_shuffle(Worker &worker, const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
-                   T *scratch) {
+template <typename T>
+void learn_shuffle(Worker &worker, const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates,
+                   LearnTile<T> learn_tile, T *work, T *scratch) {
   const int64_t K = net.block, D = net.dim(), tile = net.tile(), area = K * tile;
   T *a = scratch, *c = a + area, *back_d = c + area, *back_e = back_d + area;
   into_network(worker, net, g, work);
@@ -287,8 +328,8 @@ void learn_shuffle(Worker &worker, const Network<T> &net, const T *g, const T *m
       const bool top = l == net.layers - 1; // where d comes from U m and e from U g
       split(x + begin * K, a, K, tile, lanes, minus_lr);
       split(x + D + begin * K, c, K, tile, lanes, minus_lr);
-      learn_tile<T, kAdam>(net, l * net.layer_numbers() + begin, rates, lanes, a, c, tile, y + (top ? D : 0) + begin,
-                           y + (top ? 0 : D) + begin, net.width, back_d, back_e, tile);
+      learn_tile(net, l * net.layer_numbers() + begin, rates, lanes, a, c, tile, y + (top ? D : 0) + begin,
+                 y + (top ? 0 : D) + begin, net.width, back_d, back_e, tile);
       if (l > 0) {
         merge(back_d, x + begin * K, K, tile, lanes);
         merge(back_e, x + D + begin * K, K, tile, lanes);
@@ -299,7 +340,8 @@ void learn_shuffle(Worker &worker, const Network<T> &net, const T *g, const T *m
 // ---- permutations given as indices --------------------------------------------------------------------------------
 // Two vectors travel as pairs (2 numbers side by side, canonical order), so that one random access moves both.
 
-template <typename T> void matvec_indexed(Worker &worker, const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
+template <typename T>
+void matvec_indexed(Worker &worker, const Network<T> &net, const T *v, T *out, T *work, T *scratch) {
   const int64_t K = net.block, D = net.dim(), tile = net.tile();
   T *x = work, *y = work + D, *rows_in = scratch, *rows_out = scratch + K * tile;
   worker.for_tiles(net.width, tile, [&](int64_t begin, int64_t lanes) {
@@ -327,9 +369,9 @@ template <typename T> void matvec_indexed(Worker &worker, const Network<T> &net,
 }
 
 // work: a planar slot of two vectors for the permuted input of each layer, then two buffers of pairs.
-template <typename T, bool kAdam>
-void learn_indexed(Worker &worker, const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates, T *work,
-                   T *scratch) {
+template <typename T>
+void learn_indexed(Worker &worker, const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates,
+                   LearnTile<T> learn_tile, T *work, T *scratch) {
   const int64_t K = net.block, W = net.width, D = net.dim(), tile = net.tile(), area = K * tile;
   T *p = scratch, *q = p + area, *back_d = q + area, *back_e = back_d + area;
   T *x = work + 2 * D * net.layers, *y = x + 2 * D;
@@ -368,8 +410,7 @@ void learn_indexed(Worker &worker, const Network<T> &net, const T *g, const T *m
           p[o * tile + t] = top ? minus_lr * pair[1] : pair[0];
           q[o * tile + t] = top ? minus_lr * pair[0] : pair[1];
         }
-      learn_tile<T, kAdam>(net, l * net.layer_numbers() + begin, rates, lanes, a, c, W, p, q, tile, back_d, back_e,
-                           tile);
+      learn_tile(net, l * net.layer_numbers() + begin, rates, lanes, a, c, W, p, q, tile, back_d, back_e, tile);
       if (l > 0)
         for (int64_t t = 0; t < lanes; ++t)
           for (int64_t i = 0; i < K; ++i) {
@@ -387,11 +428,12 @@ template <typename T> void matvec(const Network<T> &net, const T *v, T *out, T *
   });
 }
 
-template <typename T, bool kAdam>
-void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &rates, T *work, int threads) {
+template <typename T>
+void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &rates, LearnTile<T> learn_tile, T *work,
+           int threads) {
   run(net, 2 * net.layers + 2, 4 * net.block * net.tile(), threads, [&](Worker &worker, T *scratch) {
-    if (net.permutations) learn_indexed<T, kAdam>(worker, net, g, m, -lr, rates, work, scratch);
-    else learn_shuffle<T, kAdam>(worker, net, g, m, -lr, rates, work, scratch);
+    if (net.permutations) learn_indexed(worker, net, g, m, -lr, rates, learn_tile, work, scratch);
+    else learn_shuffle(worker, net, g, m, -lr, rates, learn_tile, work, scratch);
   });
 }
 
@@ -403,14 +445,15 @@ void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &
                                        int64_t layers, int64_t block, int64_t width, int64_t size, int threads) {      \
     matvec<T>({theta, nullptr, nullptr, permutations, layers, block, width, size}, v, out, work, threads);             \
   }                                                                                                                    \
-  extern "C" void lodo_learn_##SUFFIX(T *theta, T *exp_avg, T *exp_avg_sq, const int32_t *permutations, const T *g,    \
-                                      const T *m, T *work, int64_t layers, int64_t block, int64_t width, int64_t size, \
-                                      int threads, double lr, double step_size, double forget1, double keep2,          \
-                                      double forget2, double eps) {                                                    \
+  extern "C" void lodo_learn_##SUFFIX(T *theta, void *exp_avg, void *exp_avg_sq, const int32_t *permutations,          \
+                                      const T *g, const T *m, T *work, int64_t layers, int64_t block, int64_t width,   \
+                                      int64_t size, int threads, int is_bfloat16, double lr, double step_size,         \
+                                      double forget1, double keep2, double forget2, double count, double eps) {        \
     const Network<T> net{theta, exp_avg, exp_avg_sq, permutations, layers, block, width, size};                        \
-    const Rates<T> rates{T(step_size), T(forget1), T(keep2), T(forget2), T(eps)};                                      \
-    if (exp_avg) learn<T, true>(net, g, m, T(lr), rates, work, threads);                                               \
-    else learn<T, false>(net, g, m, T(lr), rates, work, threads);                                                      \
+    const uint32_t turn = uint32_t(int64_t(count)) * 0x9E3779B1u;                                                      \
+    const Rates<T> rates{T(step_size), T(forget1), T(keep2), T(forget2), T(eps), turn};                                \
+    const auto tile = !exp_avg ? learn_tile<T, void> : is_bfloat16 ? learn_tile<T, Bfloat16> : learn_tile<T, T>;       \
+    learn<T>(net, g, m, T(lr), rates, tile, work, threads);                                                            \
   }
 
 LODO_ENTRY_POINTS(float, f32)

@@ -67,13 +67,15 @@ def _build_and_load(compiler: str, flags: tuple[str, ...], folder: Path) -> ctyp
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes the arguments: pointers; layers, block, width and size; threads; lr and rates."""
-    for name, pointers, numbers in (("matvec", 5, 0), ("learn", 7, 6)):
-        for suffix in SUFFIX.values():
+    """Tells ctypes the arguments: pointers; layers, block, width and size; threads; is_bfloat16, lr and rates."""
+    pointer, shape, integer, number = ctypes.c_void_p, [ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_double
+    for suffix in SUFFIX.values():
+        for name, types in (
+            ("matvec", [pointer] * 5 + shape + [integer]),
+            ("learn", [pointer] * 7 + shape + [integer] * 2 + [number] * 7),
+        ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
-            function.argtypes = (
-                [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_double] * numbers
-            )
+            function.argtypes = types
             function.restype = None
     return loaded
 
@@ -124,6 +126,14 @@ def _cache_folder() -> Path | None:
     return folder if is_private and os.access(folder, os.W_OK) else None
 
 
+def prepare(theta: Tensor, permutations: Tensor | None, learning: bool, kept: Tensor | None) -> Tensor:
+    """Scratch memory of as many numbers as a call needs: `kept` if that is enough."""
+    layers, block, _, width = theta.shape
+    vectors = 1 if not learning else layers + 1 if permutations is None else layers + 2
+    numbers = 2 * block * width * vectors
+    return kept if kept is not None and kept.numel() >= numbers else theta.new_empty(numbers)
+
+
 def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor) -> Tensor:
     """`reference.matvec` with scratch memory `work` of at least 2 n~ numbers."""
     v = v.contiguous()
@@ -144,8 +154,9 @@ def learn_(
 ) -> None:
     """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers, N + 1 for the shuffle."""
     exp_avg, exp_avg_sq = moments or (None, None)
+    is_bfloat16 = exp_avg is not None and exp_avg.dtype == torch.bfloat16
     tensors = (theta, exp_avg, exp_avg_sq, permutations, g, m, work)
-    _call("learn", theta, g.numel(), tensors, lr, *rates[:4], meta.EPS)
+    _call("learn", theta, g.numel(), tensors, is_bfloat16, lr, *rates, meta.EPS)
 
 
 def _call(name: str, theta: Tensor, size: int, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:

@@ -1,11 +1,14 @@
-"""The block-diagonal x permutation network in plain torch: the ground truth for every faster kernel.
+"""The preconditioners' arithmetic in plain torch: the ground truth for every faster kernel.
 
-Blocks are stored structure-of-arrays, (N, k_in, k_out, w) for w blocks per layer: B[i, o] of all blocks of a layer
-is one contiguous row, so that a product of blocks is k fused multiply-adds over rows. Vectors are in canonical
-order (component o of block b at b * k + o); inside a layer they are seen as k rows, (..., k, w).
+The block-diagonal x permutation network comes first. Its blocks are stored structure-of-arrays, (N, k_in, k_out, w) for
+w blocks per layer: B[i, o] of all blocks of a layer is one contiguous row, so that a product of blocks is k fused
+multiply-adds over rows. Vectors are in canonical order (component o of block b at b * k + o); inside a layer they are
+seen as k rows, (..., k, w).
 
 `permutations` is an integer (N, n~) tensor of indices, or None for the perfect shuffle, which is a transpose.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -99,5 +102,73 @@ def learn_(
         h = (a[:, None] * d).addcmul_(c[:, None], e)
         if layer > 0:
             pair = unpermute(multiply(theta[layer].transpose(0, 1), back), permutations, layer)
-        slices = None if moments is None else (moments[0][layer], moments[1][layer])
-        meta.update_(theta[layer], h, slices, rates, layer * h.numel())
+        _update_row(theta, layer, h, moments, rates)
+
+
+# ---- LODO-Residuals: theta is w_1 .. w_N and D, (N + 1, n~), and every layer has indices (N, n~) --------------------
+
+
+def residual_matvec(theta: Tensor, indices: Tensor, v: Tensor) -> Tensor:
+    """E^T A_1^T .. A_N^T D A_N .. A_1 E v for v of shape (n,), with A_l z = z + w_l * z[perm_l]."""
+    x = v.new_zeros(theta.shape[1])
+    x[: v.numel()] = v
+    for weight, index in zip(theta[:-1], indices, strict=True):
+        x.addcmul_(weight, x[index])
+    x.mul_(theta[-1])
+    for layer in reversed(range(len(indices))):
+        x.index_add_(0, indices[layer], theta[layer] * x)
+    return x[: v.numel()]
+
+
+def residual_learn_(
+    theta: Tensor,
+    moments: meta.Moments | None,
+    indices: Tensor,
+    g: Tensor,
+    m: Tensor,
+    lr: Number,
+    rates: meta.Rates,
+) -> None:
+    """One inner update of w and D.
+
+    Back-propagation in stretches of about sqrt(N) layers, each run forward again from its kept first input, so that the
+    inputs of all N layers (twice theta's size) never exist together.
+    """
+    layers = len(indices)
+    stretch = max(1, math.isqrt(layers))
+    pair = g.new_zeros(2, theta.shape[1])
+    pair[0, : g.numel()] = g
+    pair[1, : m.numel()] = m
+    kept = []
+    for layer in range(layers):
+        if layer % stretch == 0:
+            kept.append(pair.clone())
+        pair.addcmul_(theta[layer], pair[:, indices[layer]])
+    h = (pair[0] * pair[1]).mul_(-lr)
+    back = pair.flip(0).mul_(theta[-1]).mul_(-lr)  # the vectors that meet g's side and m's side
+    _update_row(theta, layers, h, moments, rates)
+    for begin in reversed(range(0, layers, stretch)):
+        pair = kept.pop()
+        gathered = []
+        for layer in range(begin, min(begin + stretch, layers)):
+            gathered.append(pair[:, indices[layer]])
+            pair.addcmul_(theta[layer], gathered[-1])
+        for layer in reversed(range(begin, min(begin + stretch, layers))):
+            h = gathered.pop().mul_(back).sum(0)
+            back.index_add_(1, indices[layer], theta[layer] * back)
+            _update_row(theta, layer, h, moments, rates)
+
+
+def _update_row(theta: Tensor, row: int, h: Tensor, moments: meta.Moments | None, rates: meta.Rates) -> None:
+    slices = None if moments is None else (moments[0][row], moments[1][row])
+    meta.update_(theta[row], h, slices, rates, row * h.numel())
+
+
+# ---- LODO-Diagonal --------------------------------------------------------------------------------------------------
+
+
+def diagonal_learn_(
+    theta: Tensor, moments: meta.Moments | None, g: Tensor, m: Tensor, lr: Number, rates: meta.Rates
+) -> None:
+    """One inner update of diag(theta)."""
+    meta.update_(theta, (g * m).mul_(-lr), moments, rates)

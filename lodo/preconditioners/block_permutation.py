@@ -102,28 +102,22 @@ class BlockPermutation(Preconditioner):
         return self.permutations_stored.to(torch.int64)
 
     def apply(self, v: Tensor) -> Tensor:
-        with self._scratch(learning=False) as scratch:
-            return kernels.matvec(self.theta, self.permutations_stored, v, scratch)
+        with self._prepared(learning=False) as kept:
+            return kernels.matvec(self.theta, self.permutations_stored, v, kept)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        with self._scratch(learning=True) as scratch:
-            kernels.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, scratch)
+        with self._prepared(learning=True) as kept:
+            kernels.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, kept)
 
     @contextmanager
-    def _scratch(self, learning: bool) -> Iterator[Tensor | None]:
-        """Scratch memory for the kernels, kept between calls; None where they need none.
-
-        It is taken out while it is in use, so that a call from another thread gets its own.
-        """
-        numbers = kernels.work_size(self.theta, self.permutations_stored, learning)
-        kept: Tensor | None = self.__dict__.pop("_kept_scratch", None)
-        if numbers and (kept is None or kept.numel() < numbers):
-            kept = self.theta.new_empty(numbers)
-        yield kept if numbers else None
-        self._kept_scratch = kept
+    def _prepared(self, learning: bool) -> Iterator[Tensor | None]:
+        """What the kernels keep between calls, taken out while in use: a call from another thread gets its own."""
+        kept = kernels.prepare(self.theta, self.permutations_stored, learning, self.__dict__.pop("_kept", None))
+        yield kept
+        self._kept = kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept_scratch"}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
 
 def shuffle(padded: int, block: int, device: torch.device) -> Tensor:

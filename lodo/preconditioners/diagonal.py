@@ -5,7 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import kernels, meta
 from lodo.preconditioners.base import Preconditioner, as_theta
 from lodo.scalars import Number
 
@@ -40,4 +40,4 @@ class Diagonal(Preconditioner):
         return self.theta * v
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        meta.update_(self.theta, (g * m).mul_(-lr), moments, rates)
+        kernels.diagonal_learn_(self.theta, moments, g, m, lr, rates)

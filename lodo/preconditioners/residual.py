@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import kernels, meta
 from lodo.preconditioners.base import (
     Preconditioner,
     as_permutations,
@@ -86,48 +86,7 @@ class Residual(Preconditioner):
         return indices
 
     def apply(self, v: Tensor) -> Tensor:
-        x = v.new_zeros(self.theta.shape[1])
-        x[: self.size] = v
-        for weight, index in zip(self.theta[:-1], self._indices, strict=True):
-            x.addcmul_(weight, x[index])
-        x.mul_(self.theta[-1])
-        for layer in reversed(range(len(self._indices))):
-            x.index_add_(0, self._indices[layer], self.theta[layer] * x)
-        return x[: self.size]
+        return kernels.residual_matvec(self.theta, self._indices, v)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        """Back-propagation in stretches of about sqrt(N) layers, each run forward again from its kept first input, so
-        that the inputs of all N layers (twice theta's size) never exist together."""
-        layers = len(self._indices)
-        stretch = max(1, math.isqrt(layers))
-        pair = g.new_zeros(2, self.theta.shape[1])
-        pair[0, : self.size] = g
-        pair[1, : self.size] = m
-        kept = []
-        for layer in range(layers):
-            if layer % stretch == 0:
-                kept.append(pair.clone())
-            pair.addcmul_(self.theta[layer], pair[:, self._indices[layer]])
-        h = (pair[0] * pair[1]).mul_(-lr)
-        back = pair.flip(0).mul_(self.theta[-1]).mul_(-lr)  # the vectors that meet g's side and m's side
-        self._update(layers, h, moments, rates)
-        for begin in reversed(range(0, layers, stretch)):
-            back = self._learn_stretch(range(begin, min(begin + stretch, layers)), kept.pop(), back, moments, rates)
-
-    def _learn_stretch(
-        self, layers: range, pair: Tensor, back: Tensor, moments: meta.Moments | None, rates: meta.Rates
-    ) -> Tensor:
-        """Updates w of these layers from their first input and the vectors above them; returns those below."""
-        gathered = []
-        for layer in layers:
-            gathered.append(pair[:, self._indices[layer]])
-            pair.addcmul_(self.theta[layer], gathered[-1])
-        for layer in reversed(layers):
-            h = gathered.pop().mul_(back).sum(0)
-            back.index_add_(1, self._indices[layer], self.theta[layer] * back)
-            self._update(layer, h, moments, rates)
-        return back
-
-    def _update(self, row: int, h: Tensor, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        slices = None if moments is None else (moments[0][row], moments[1][row])
-        meta.update_(self.theta[row], h, slices, rates, row * h.numel())
+        kernels.residual_learn_(self.theta, moments, self._indices, g, m, lr, rates)

@@ -1,6 +1,6 @@
-"""The layers of the block-diagonal x permutation network as Triton kernels: the device code that gpu.py launches.
+"""Triton kernels: the device code that gpu.py launches.
 
-Layouts (K = block size, W = number of blocks in a layer, D = K * W):
+Layouts of the block-diagonal x permutation network (K = block size, W = number of blocks in a layer, D = K * W):
 
     theta, moments   (N, K_in, K_out, W), as in reference.py: a row B[i, o] of all blocks is contiguous.
     slots            vectors as a layer reads them, component i of block b at b * K + i; two vectors lie one after the
@@ -9,27 +9,28 @@ Layouts (K = block size, W = number of blocks in a layer, D = K * W):
     pairs            random permutations gather from vectors in canonical order, (D, V) with the V vectors side by
                      side, so that one 32-byte sector serves both.
 
-Every kernel walks over stages (layers, or pairs of layers) and, inside, over tiles of blocks. Launched with a program per
-tile it takes one stage; launched as a single program it takes all of them, with barriers between, for networks so small
-that launches would cost more than the work.
+Every kernel walks over stages (layers, or pairs of layers) and, inside, over tiles of blocks. Launched with a program
+per tile it takes one stage; launched as a single program it takes all of them, with barriers between, for networks so
+small that launches would cost more than the work.
 
-Pairs of layers. A vector costs as much traffic as a row of blocks, so layers under the shuffle run two at a time. Nothing
-is computed twice, and no two programs meet, whatever W is: output (b, o) of the lower layer feeds exactly one input, place
-p = o * W + b, of the upper one. So going up, a program that owns blocks of the upper layer computes the K columns below that
-feed them; coming down, a program that owns blocks of the lower layer also owns the K rows above that they feed.
+Pairs of layers. A vector costs as much traffic as a row of blocks, so layers under the shuffle run two at a time.
+Nothing is computed twice and no two programs meet, whatever W is: output (b, o) of the lower layer feeds exactly one
+input, place p = o * W + b, of the upper one. Going up, a program that owns blocks of the upper layer computes the K
+columns below that feed them; coming down, one that owns blocks of the lower layer also owns the K rows above that they
+feed.
 """
 
 import triton
 import triton.language as tl
 
 # What changes between networks, but should not compile a kernel anew for every value.
-SIZES = ("width", "size", "begin", "end", "top", "slots", "shift", "tiles")
+SIZES = ("width", "size", "first", "begin", "end", "top", "slots", "shift", "tiles")
 
 
 @triton.jit
 def random_words(index, count):
     """`lodo.rounding.random_words`, uint32."""
-    x = index ^ (count.to(tl.uint32) * 0x9E3779B1)
+    x = index ^ (count * 0x9E3779B1)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -43,41 +44,39 @@ def to_bfloat16(x, bits):
 
 
 @triton.jit
-def learn(
-    theta, h, theta_ptr, exp_avg, exp_avg_sq, first, offset, mask, step_size, forget1, keep2, forget2, count,
-    EPS: tl.constexpr, ADAM: tl.constexpr,
-):  # fmt: skip
-    """`lodo.meta.update_` of the blocks `theta`, which lie at theta_ptr + first + offset: one read, one write each."""
-    theta_ptr += first
+def learn(values, h, theta, exp_avg, exp_avg_sq, first, offset, mask, rates, EPS: tl.constexpr, ADAM: tl.constexpr):
+    """`lodo.meta.update_` of the `values` at theta + first + offset: theta and the moments are written once."""
+    step_size, forget1, keep2, forget2, count, _ = rates
+    theta = theta + first + offset
     if ADAM:
         exp_avg, exp_avg_sq = exp_avg + first + offset, exp_avg_sq + first + offset
-        m_low, v_low = tl.load(exp_avg, mask, 0), tl.load(exp_avg_sq, mask, 0)
-        m, v = m_low.to(theta.dtype), v_low.to(theta.dtype)
+        m_kept, v_kept = tl.load(exp_avg, mask, 0), tl.load(exp_avg_sq, mask, 0)
+        m, v = m_kept.to(values.dtype), v_kept.to(values.dtype)
         m += forget1 * (h - m)
         v = keep2 * v + forget2 * (h * h)
-        if m_low.dtype == tl.bfloat16:
+        if m_kept.dtype == tl.bfloat16:
             words = random_words(tl.cast(first, tl.uint32) + offset.to(tl.uint32), count)
             tl.store(exp_avg, to_bfloat16(m, words), mask)
             tl.store(exp_avg_sq, to_bfloat16(v, words >> 16), mask)
         else:
             tl.store(exp_avg, m, mask)
             tl.store(exp_avg_sq, v, mask)
-        tl.store(theta_ptr + offset, theta - step_size * (m / (tl.sqrt(v) + EPS)), mask)
+        tl.store(theta, values - step_size * (m / (tl.sqrt(v) + EPS)), mask)
     else:
-        tl.store(theta_ptr + offset, theta - step_size * h, mask)
+        tl.store(theta, values - step_size * h, mask)
 
 
 @triton.jit
-def load_rates(like, step_size, forget1, keep2, forget2, count, lr):
-    """The numbers of a step from where they lie on the device, in the dtype of what `like` points to."""
+def load_rates(numbers, like):
+    """The numbers of an inner step, from where gpu.py has put them, in the dtype of what `like` points to."""
     dtype = like.dtype.element_ty
     return (
-        tl.load(step_size).to(dtype),
-        tl.load(forget1).to(dtype),
-        tl.load(keep2).to(dtype),
-        tl.load(forget2).to(dtype),
-        tl.load(count).to(tl.float32),
-        -tl.load(lr).to(dtype),
+        tl.load(numbers).to(dtype),  # step_size
+        tl.load(numbers + 1).to(dtype),  # forget1, zero where nothing is to be learned
+        tl.load(numbers + 2).to(dtype),  # keep2
+        tl.load(numbers + 3).to(dtype),  # forget2
+        tl.load(numbers + 4).to(tl.uint32),  # count
+        -tl.load(numbers + 5).to(dtype),  # -lr, the factor of every hypergradient
     )
 
 
@@ -85,8 +84,10 @@ def load_rates(like, step_size, forget1, keep2, forget2, count, lr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def enter(g, m, out, width, size, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, V: tl.constexpr,
-          RANDOM: tl.constexpr):  # fmt: skip
+def enter(
+    g, m, out, width, size,
+    K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, V: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
     """E x for the one or two vectors (n,): as pairs, or shuffled into a slot."""
     j = tl.arange(0, KP)[:, None]
     r = tl.program_id(0) * B + tl.arange(0, B)[None, :]
@@ -98,7 +99,10 @@ def enter(g, m, out, width, size, K: tl.constexpr, KP: tl.constexpr, B: tl.const
 
 
 @triton.jit(do_not_specialize=SIZES)
-def leave(x, inverse, out, width, size, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, RANDOM: tl.constexpr):
+def leave(
+    x, inverse, out, width, size,
+    K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
     """E^T P_1^T x, (n,), from what the lowest layer left."""
     j = tl.arange(0, KP)[:, None]
     r = tl.program_id(0) * B + tl.arange(0, B)[None, :]
@@ -108,9 +112,8 @@ def leave(x, inverse, out, width, size, K: tl.constexpr, KP: tl.constexpr, B: tl
     tl.store(out + place, tl.load(x + source, there, 0), there)
 
 
-# ---- one layer at a time ---------------------------------------------------------------------------------------------
-# A tile is B blocks b; B[i, o] of them are [KP, KP, B] numbers, a component c of a vector [KP, B]. KP is K rounded up to a
-# power of two, which tiles must be.
+# ---- one layer at a time --------------------------------------------------------------------------------------------
+# A tile is B blocks: [KP, KP, B] numbers B[i, o] and [KP, B] components of a vector, with KP the next power of two.
 
 
 @triton.jit
@@ -129,13 +132,18 @@ def matrices(tile, width, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def up_layers(theta, x, y, permutations, width, begin, end, slots, shift, tiles, K: tl.constexpr, KP: tl.constexpr,
-              B: tl.constexpr, V: tl.constexpr, RANDOM: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+def up_layers(
+    theta, x, y, permutations, numbers, width, begin, end, slots, shift, tiles,
+    K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, V: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
     """Layers begin .. end - 1 of U for V vectors.
 
-    Shuffle: from slot l - shift of x to the next, modulo `slots`. Random: between the two pair buffers in y, from number
-    l % 2 to the other, keeping the permuted input in slot l of x if KEEP.
+    Shuffle: from slot l - shift of x to the next, modulo `slots`. Random: between the two pair buffers in y, from
+    number l % 2 to the other, keeping the permuted input in slot l of x when learning.
     """
+    if numbers is not None:
+        if tl.load(numbers + 1) == 0:  # nothing is to be learned at this step
+            return
     dim = tl.cast(width, tl.int64) * K
     for layer in range(begin, end):
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -147,7 +155,7 @@ def up_layers(theta, x, y, permutations, width, begin, end, slots, shift, tiles,
             for v in tl.static_range(V):
                 if RANDOM:
                     a = tl.load(y + (layer % 2) * dim * V + source * V + v, there, 0)
-                    if KEEP:
+                    if numbers is not None:
                         tl.store(x + (layer * V + v) * dim + inputs, a, there)
                     target = y + ((layer + 1) % 2) * dim * V + inputs * V + v
                 else:
@@ -158,11 +166,13 @@ def up_layers(theta, x, y, permutations, width, begin, end, slots, shift, tiles,
 
 
 @triton.jit(do_not_specialize=SIZES)
-def down_layers(theta, x, y, inverse, width, begin, end, top, slots, shift, tiles, K: tl.constexpr, KP: tl.constexpr,
-                B: tl.constexpr, RANDOM: tl.constexpr):  # fmt: skip
+def down_layers(
+    theta, x, y, inverse, width, begin, end, top, shift, tiles,
+    K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
     """Layers end - 1 .. begin of U^T for one vector.
 
-    Shuffle: from slot l - shift + 1 of x to the one before, modulo `slots`. Random: from buffer (l + 1) % 2 of y to the
+    Shuffle: from slot l - shift + 1 of x to the one before, modulo 2. Random: from buffer (l + 1) % 2 of y to the
     other, by places of the layer's inputs; the topmost layer finds U's output there, in canonical order.
     """
     dim = tl.cast(width, tl.int64) * K
@@ -177,8 +187,8 @@ def down_layers(theta, x, y, inverse, width, begin, end, top, slots, shift, tile
                 d = tl.load(y + ((layer + 1) % 2) * dim + source, there, 0)
                 target = y + (layer % 2) * dim + inputs
             else:
-                d = tl.load(x + ((layer - shift + 1) % slots) * dim + outputs, there, 0)
-                target = x + ((layer - shift) % slots) * dim + inputs
+                d = tl.load(x + ((layer - shift + 1) % 2) * dim + outputs, there, 0)
+                target = x + ((layer - shift) % 2) * dim + inputs
             tl.store(target, tl.sum(blocks * d[None, :, :], 1), there)
         tl.debug_barrier()
 
@@ -191,17 +201,19 @@ def from_above(inverse, layer, outputs, there, dim, top):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def learn_layers(theta, exp_avg, exp_avg_sq, x, y, inverse, step_size, forget1, keep2, forget2, count, lr, width, begin,
-                 end, top, shift, tiles, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, RANDOM: tl.constexpr,
-                 EPS: tl.constexpr, ADAM: tl.constexpr):  # fmt: skip
+def learn_layers(
+    theta, exp_avg, exp_avg_sq, x, y, inverse, numbers, width, begin, end, top, shift, tiles,
+    K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, RANDOM: tl.constexpr, EPS: tl.constexpr, ADAM: tl.constexpr,
+):  # fmt: skip
     """Layers end - 1 .. begin of the backward pass, with their inner update.
 
     Slot l - shift of x holds the layer's inputs a, c; under the shuffle the back-propagated pair takes their place, and
-    the slot above holds d, e (over layer top - 1 the output of U, which is to be swapped: d starts from U m, e from U g;
-    their factor -lr goes into h). Random: d, e come from pair buffer (l + 1) % 2 of y, and go on to the other.
+    the slot above holds d, e (over layer top - 1 the output of U, which is to be swapped: d starts from U m, e from U
+    g; their factor -lr goes into h). Random: d, e come from pair buffer (l + 1) % 2 of y, and go on to the other.
     """
-    step_size, forget1, keep2, forget2, count, factor = load_rates(theta, step_size, forget1, keep2, forget2, count, lr)
-    if forget1 == 0:  # nothing is to be learned at this step
+    rates = load_rates(numbers, theta)
+    factor = rates[5]
+    if rates[1] == 0:  # nothing is to be learned at this step
         return
     dim = tl.cast(width, tl.int64) * K
     for step in range(begin, end):
@@ -229,23 +241,25 @@ def learn_layers(theta, exp_avg, exp_avg_sq, x, y, inverse, step_size, forget1, 
                     tl.store(slot + inputs, back_d, there)
                     tl.store(slot + dim + inputs, back_e, there)
             h = factor * (a[:, None, :] * d[None, :, :] + c[:, None, :] * e[None, :, :])
-            learn(blocks, h, theta, exp_avg, exp_avg_sq, layer * dim * K, place, is_block, step_size, forget1, keep2,
-                  forget2, count, EPS, ADAM)  # fmt: skip
+            learn(blocks, h, theta, exp_avg, exp_avg_sq, layer * dim * K, place, is_block, rates, EPS, ADAM)
         tl.debug_barrier()
 
 
-# ---- two layers at a time, under the shuffle ---------------------------------------------------------------------------
-# For K a power of two. Slot s holds the inputs of layer 2 s. A row of layer 2 s + 1 is a place p of its input: row p % K
-# of block p // K; output o of block b of layer 2 s leads to p = o * W + b.
+# ---- two layers at a time, under the shuffle ------------------------------------------------------------------------
+# For K a power of two. Slot s holds the inputs of layer 2 s. A row of layer 2 s + 1 is a place p of its input: row p %
+# K of block p // K; output o of block b of layer 2 s leads to p = o * W + b.
 
 
 @triton.jit(do_not_specialize=SIZES)
-def up_pairs(theta, x, width, begin, end, slots, tiles, K: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+def up_pairs(theta, x, numbers, width, begin, end, slots, tiles, K: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
     """Stages begin .. end - 1 of U for V vectors: from slot s to slot s + 1, modulo `slots`.
 
-    A tile is T blocks of the upper layer in each of K stretches of W / K, one for each output of the lower layer, so that
-    the lower layer's inputs serve all its outputs while they are in the cache.
+    A tile is T blocks of the upper layer in each of K stretches of W / K, one for each output of the lower layer, so
+    that the lower layer's inputs serve all its outputs while they are in the cache.
     """
+    if numbers is not None:
+        if tl.load(numbers + 1) == 0:  # nothing is to be learned at this step
+            return
     dim, stretch = tl.cast(width, tl.int64) * K, tl.cdiv(width, K)
     i, o = tl.arange(0, K)[:, None, None], tl.arange(0, K)[None, :, None]
     for stage in range(begin, end):
@@ -297,8 +311,8 @@ def from_rows(v, K: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def down_pairs(theta, x, width, begin, end, slots, tiles, K: tl.constexpr, T: tl.constexpr):
-    """Stages end - 1 .. begin of U^T for one vector: from slot s + 1 to slot s, modulo `slots`."""
+def down_pairs(theta, x, width, begin, end, tiles, K: tl.constexpr, T: tl.constexpr):
+    """Stages end - 1 .. begin of U^T for one vector: from slot s + 1 to slot s, modulo 2."""
     dim = tl.cast(width, tl.int64) * K
     k = tl.arange(0, K)[:, None, None]
     for step in range(begin, end):
@@ -308,25 +322,29 @@ def down_pairs(theta, x, width, begin, end, slots, tiles, K: tl.constexpr, T: tl
             row, b, is_row = rows_fed(tile, width, K, T)
             place = (row * K * width + b)[None, :, :] + k * width
             above = tl.load(lower + dim * K + place, is_row[None, :, :], 0)
-            d = tl.load(x + (stage + 1) % slots * dim + (k * width + b[None, :, :]), is_row[None, :, :], 0)
+            d = tl.load(x + (stage + 1) % 2 * dim + (k * width + b[None, :, :]), is_row[None, :, :], 0)
             d = from_rows(tl.sum(above * d, 0), K, T)
             place, is_block = matrices(tile, width, K, K, T * K)
             inputs, _, there = components(tile, width, K, K, T * K)
             below = tl.load(lower + place, is_block, 0)
-            tl.store(x + stage % slots * dim + inputs, tl.sum(below * d[None, :, :], 1), there)
+            tl.store(x + stage % 2 * dim + inputs, tl.sum(below * d[None, :, :], 1), there)
         tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=SIZES)
-def learn_pairs(theta, exp_avg, exp_avg_sq, x, step_size, forget1, keep2, forget2, count, lr, width, begin, end, top,
-                tiles, K: tl.constexpr, T: tl.constexpr, EPS: tl.constexpr, ADAM: tl.constexpr):  # fmt: skip
+def learn_pairs(
+    theta, exp_avg, exp_avg_sq, x, numbers, width, begin, end, top, tiles,
+    K: tl.constexpr, T: tl.constexpr, EPS: tl.constexpr, ADAM: tl.constexpr,
+):  # fmt: skip
     """Stages end - 1 .. begin of the backward pass, with the inner update of both layers.
 
-    Slot s holds the inputs a, c of the lower layer, from which those of the upper layer come again; the pair that leaves
-    the stage takes their place. Slot s + 1 holds the pair that enters it (over stage top - 1: see `learn_layers`).
+    Slot s holds the inputs a, c of the lower layer, from which those of the upper layer come again; the pair that
+    leaves the stage takes their place. Slot s + 1 holds the pair that enters it (over stage top - 1: see
+    `learn_layers`).
     """
-    step_size, forget1, keep2, forget2, count, factor = load_rates(theta, step_size, forget1, keep2, forget2, count, lr)
-    if forget1 == 0:  # nothing is to be learned at this step
+    rates = load_rates(numbers, theta)
+    factor = rates[5]
+    if rates[1] == 0:  # nothing is to be learned at this step
         return
     dim = tl.cast(width, tl.int64) * K
     k = tl.arange(0, K)[:, None, None]
@@ -350,8 +368,7 @@ def learn_pairs(theta, exp_avg, exp_avg_sq, x, step_size, forget1, keep2, forget
             up = (row * K * width + b)[None, :, :] + k * width
             above = tl.load(theta + first + dim * K + up, is_row, 0)
             h = factor * (middle_a[None, :, :] * d + middle_c[None, :, :] * e)
-            learn(above, h, theta, exp_avg, exp_avg_sq, first + dim * K, up, is_row, step_size, forget1, keep2, forget2,
-                  count, EPS, ADAM)  # fmt: skip
+            learn(above, h, theta, exp_avg, exp_avg_sq, first + dim * K, up, is_row, rates, EPS, ADAM)
             d = from_rows(tl.sum(above * d, 0), K, T)
             e = from_rows(tl.sum(above * e, 0), K, T)
             # The lower layer, by blocks.
@@ -359,6 +376,86 @@ def learn_pairs(theta, exp_avg, exp_avg_sq, x, step_size, forget1, keep2, forget
                 tl.store(slot + inputs, tl.sum(below * d[None, :, :], 1), there)
                 tl.store(slot + dim + inputs, tl.sum(below * e[None, :, :], 1), there)
             h = factor * (a[:, None, :] * d[None, :, :] + c[:, None, :] * e[None, :, :])
-            learn(below, h, theta, exp_avg, exp_avg_sq, first, place, is_block, step_size, forget1, keep2, forget2, count,
-                  EPS, ADAM)  # fmt: skip
+            learn(below, h, theta, exp_avg, exp_avg_sq, first, place, is_block, rates, EPS, ADAM)
         tl.debug_barrier()
+
+
+# ---- the preconditioners of the ablations ---------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def learn_diagonal(
+    theta, exp_avg, exp_avg_sq, g, m, numbers, size,
+    B: tl.constexpr, EPS: tl.constexpr, ADAM: tl.constexpr,
+):  # fmt: skip
+    """The inner update of diag(theta): h = -lr * g * m."""
+    rates = load_rates(numbers, theta)
+    factor = rates[5]
+    if rates[1] == 0:
+        return
+    first = tl.cast(tl.program_id(0), tl.int64) * B
+    offset = tl.arange(0, B)
+    there = offset < size - first
+    h = factor * tl.load(g + first + offset, there, 0) * tl.load(m + first + offset, there, 0)
+    weight = tl.load(theta + first + offset, there, 0)
+    learn(weight, h, theta, exp_avg, exp_avg_sq, first, offset, there, rates, EPS, ADAM)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def up_residual(weight, permutation, x, out, size, B: tl.constexpr, V: tl.constexpr):
+    """A x = x + w * x[perm] for V vectors, side by side."""
+    p = tl.program_id(0) * B + tl.arange(0, B)
+    there = p < size
+    source, w = tl.load(permutation + p, there, 0), tl.load(weight + p, there, 0)
+    for v in tl.static_range(V):
+        moved = tl.load(x + source * V + v, there, 0)
+        tl.store(out + p * V + v, tl.load(x + p * V + v, there, 0) + w * moved, there)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def down_residual(weight, permutation, x, out, size, B: tl.constexpr):
+    """A^T x: place perm[p] gets x[perm[p]] + w[p] * x[p]. A permutation meets every place once."""
+    p = tl.program_id(0) * B + tl.arange(0, B)
+    there = p < size
+    target, w = tl.load(permutation + p, there, 0), tl.load(weight + p, there, 0)
+    tl.store(out + target, tl.load(x + target, there, 0) + w * tl.load(x + p, there, 0), there)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def turn_residual(
+    weight, exp_avg, exp_avg_sq, x, out, numbers, size, first,
+    B: tl.constexpr, EPS: tl.constexpr, ADAM: tl.constexpr,
+):  # fmt: skip
+    """The diagonal D of LODO-Residuals: from the pair that comes up (x_g, x_m) to the one that goes down,
+    -lr * D * (x_m, x_g), with the inner update of D. `first` is D's place in theta."""
+    rates = load_rates(numbers, weight)
+    factor = rates[5]
+    p = tl.program_id(0) * B + tl.arange(0, B)
+    there = p < size
+    w = tl.load(weight + first + p, there, 0)
+    g, m = tl.load(x + p * 2, there, 0), tl.load(x + p * 2 + 1, there, 0)
+    tl.store(out + p * 2, factor * w * m, there)
+    tl.store(out + p * 2 + 1, factor * w * g, there)
+    if rates[1] != 0:
+        learn(w, factor * g * m, weight, exp_avg, exp_avg_sq, first, p, there, rates, EPS, ADAM)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def learn_residual(
+    weight, exp_avg, exp_avg_sq, permutation, x, back, out, numbers, size, first,
+    B: tl.constexpr, EPS: tl.constexpr, ADAM: tl.constexpr,
+):  # fmt: skip
+    """One layer of the backward pass: from its input x and the pair `back` above it to the pair `out` below it, with
+    the inner update of its w, which lies at place `first` of theta."""
+    rates = load_rates(numbers, weight)
+    if rates[1] == 0:
+        return
+    p = tl.program_id(0) * B + tl.arange(0, B)
+    there = p < size
+    place, w = tl.load(permutation + p, there, 0), tl.load(weight + first + p, there, 0)
+    h = tl.zeros_like(w)
+    for v in tl.static_range(2):
+        d = tl.load(back + p * 2 + v, there, 0)
+        h += d * tl.load(x + place * 2 + v, there, 0)
+        tl.store(out + place * 2 + v, tl.load(back + place * 2 + v, there, 0) + w * d, there)
+    learn(w, h, weight, exp_avg, exp_avg_sq, first, p, there, rates, EPS, ADAM)
