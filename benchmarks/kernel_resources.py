@@ -23,7 +23,7 @@ from torch import Tensor
 from lodo import meta
 from lodo.kernels import gpu
 
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 REGISTERS_PER_SM, MAX_WARPS_PER_SM = 65536, 64  # sm_80, sm_90
 BLOCKS = (2, 4, 8, 16)
@@ -120,6 +120,7 @@ def _examples(dtype: torch.dtype, inner: torch.dtype | None) -> Iterator[tuple[A
     theta, indices = empty(2, WIDE), empty(1, WIDE, kind=torch.int32)
     yield "residual", theta, moments(theta), indices, empty(WIDE)
     yield "diagonal", theta[0], moments(theta[0]), None, empty(WIDE)
+    yield "rounding", theta[0], None, None, empty(WIDE)
 
 
 def _run(kind: str, theta: Tensor, moments: meta.Moments | None, indices: Any, v: Tensor) -> None:
@@ -131,6 +132,8 @@ def _run(kind: str, theta: Tensor, moments: meta.Moments | None, indices: Any, v
     elif kind == "residual":
         gpu.residual_matvec(theta, indices, v)
         gpu.residual_learn_(theta, moments, indices, v, v, lr, rates)
+    elif kind == "rounding":
+        gpu.round_into_(v.to(torch.bfloat16), v, torch.empty((), dtype=torch.int64, device="meta"))
     else:
         gpu.diagonal_learn_(theta, moments, v, v, lr, rates)
 
@@ -157,7 +160,7 @@ def compiled(code: Any, launch: Launch, capability: int) -> Resources:
     return Resources(
         launch.kernel,
         " ".join(f"{name}={value}" for name, value in constants.items() if name != "EPS" and value is not None),
-        next(kind for kind in signature.values() if kind.startswith("*")).removeprefix("*"),
+        next(kind for kind in signature.values() if kind in ("*fp32", "*fp64")).removeprefix("*"),
         signature.get("exp_avg", "").removeprefix("*") if constants.get("ADAM") else "",
         warps,
         registers,

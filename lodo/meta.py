@@ -24,9 +24,6 @@ EPS = 1e-7
 
 KINDS = ("adam", "sgd")
 
-MOMENT_DTYPES = {None: None, "bfloat16": torch.bfloat16}
-"""The values of the option `meta_state_dtype`; None is theta's dtype."""
-
 Moments = tuple[Tensor, Tensor]
 """(M, V) of the inner Adam, each of theta's shape."""
 
@@ -41,16 +38,9 @@ class Rates(NamedTuple):
     count: Number  # the t above, which salts the stochastic rounding
 
 
-def start_moments(theta: Tensor, kind: str | None = None) -> Moments:
-    """M and V before the first step; `kind` is the option `meta_state_dtype`."""
-    dtype = MOMENT_DTYPES[kind]
+def start_moments(theta: Tensor, dtype: torch.dtype | None = None) -> Moments:
+    """M and V before the first step, in theta's dtype or another."""
     return torch.zeros_like(theta, dtype=dtype), torch.zeros_like(theta, dtype=dtype)
-
-
-def cast(moments: Moments, theta: Tensor, kind: str | None) -> Moments:
-    """The moments in the dtype that the option `meta_state_dtype` asks for now."""
-    dtype = MOMENT_DTYPES[kind] or theta.dtype
-    return moments[0].to(dtype), moments[1].to(dtype)
 
 
 def rates(kind: str, meta_lr: float, count: Number, active: Number, dtype: torch.dtype) -> Rates:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lodo import meta, state
 from lodo.flat import check_parameters
 from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.rounding import DTYPES, kept_dtype, name_of
 from lodo.scalars import Number, choose, energy, is_tensor
 from lodo.step import judge, lodo_step
 
@@ -44,6 +45,7 @@ class LODO(Optimizer):
         meta_every: K >= 1: G is learned at every K-th step only, and applied at every step.
         meta_state_dtype: of the inner Adam's moments: None for the network's own, or "bfloat16" (torch.bfloat16
             is taken too), with stochastic rounding: half the memory of the moments.
+        momentum_dtype: the same for the momentum.
         maximize: ascend instead of descend.
         capturable: allow `step` to be captured in a CUDA graph, after at least one step outside; see `step`.
         seed: of the initial network; gives the same numbers on every device.
@@ -73,6 +75,7 @@ class LODO(Optimizer):
         meta_optimizer: str = "adam",
         meta_every: int = 1,
         meta_state_dtype: str | torch.dtype | None = None,
+        momentum_dtype: str | torch.dtype | None = None,
         maximize: bool = False,
         capturable: bool = False,
         seed: int = 0,
@@ -89,7 +92,8 @@ class LODO(Optimizer):
             "permutation": permutation,
             "meta_optimizer": meta_optimizer,
             "meta_every": meta_every,
-            "meta_state_dtype": _plain(meta_state_dtype),
+            "meta_state_dtype": name_of(meta_state_dtype),
+            "momentum_dtype": name_of(momentum_dtype),
             "maximize": maximize,
             "capturable": capturable,
             "seed": seed,
@@ -110,8 +114,7 @@ class LODO(Optimizer):
         """
         learned = None
         if isinstance(param_group, dict):
-            if "meta_state_dtype" in param_group:
-                param_group = {**param_group, "meta_state_dtype": _plain(param_group["meta_state_dtype"])}
+            param_group = {name: name_of(value) for name, value in param_group.items()}
             options = {**self.defaults, **param_group}
             check_options(options)
             if isinstance(options["preconditioner"], Preconditioner):
@@ -218,7 +221,7 @@ class LODO(Optimizer):
             )
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
-        lr = live.lr.get()
+        lr, momentum = live.lr.get(), live.momentum.to(live.flat.dtype)
         live.steps.set(live.steps.get() + active)
         learning = active
         if group["meta_every"] > 1:
@@ -227,7 +230,7 @@ class LODO(Optimizer):
             live.meta_step.set(live.meta_step.get() + learning)
         step = lodo_step(
             live.gradient,
-            live.momentum,
+            momentum,
             live.preconditioner,
             live.moments if _uses_moments(group) else None,
             live.meta_step.get(),
@@ -239,6 +242,7 @@ class LODO(Optimizer):
             meta_lr=group["meta_lr"],
             meta_optimizer=group["meta_optimizer"],
         )
+        live.keep_momentum(momentum)
         live.last_lr.set(choose(active, lr, live.last_lr.get()))
         params = group["params"]
         if group["weight_decay"] != 0:
@@ -280,16 +284,13 @@ class LODO(Optimizer):
         """The live state of a group: kept from the last step, or made from `self.state`, or started."""
         params = group["params"]
         live = self._live.get(params[0])
-        if live is not None and live.is_bound_to(self.state, params):
+        if live is not None and live.is_bound_to(self.state, group):
             return live if not _uses_moments(group) or live.has_moments(group) else self._keep(group, live)
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
         if _uses_moments(group) and not live.has_moments(group):
-            theta, kind = live.preconditioner.theta, group["meta_state_dtype"]
-            live.moments = (
-                meta.start_moments(theta, kind) if live.moments is None else meta.cast(live.moments, theta, kind)
-            )
+            live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
         live.publish(self.state, group["params"])
         self._live[group["params"][0]] = live
         return live
@@ -306,11 +307,6 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
         check_options({**optimizer.defaults, **saved})
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
     return {**state_dict, "state": state.wrap(state_dict["state"], ids)}
-
-
-def _plain(dtype: Any) -> Any:
-    """A dtype as the string that stands for it among the options; anything else as it is."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def _uses_moments(group: dict[str, Any]) -> bool:
@@ -360,7 +356,8 @@ def check_options(options: dict[str, Any]) -> None:
         _check_choice("preconditioner", options["preconditioner"], tuple(BY_NAME))
     _check_choice("permutation", options["permutation"], ("random", "shuffle"))
     _check_choice("meta_optimizer", options["meta_optimizer"], meta.KINDS)
-    _check_choice("meta_state_dtype", _plain(options["meta_state_dtype"]), tuple(meta.MOMENT_DTYPES))
+    for name in ("meta_state_dtype", "momentum_dtype"):
+        _check_choice(name, name_of(options[name]), tuple(DTYPES))
     _check_integer("meta_every", options["meta_every"], 1)
     if options["depth"] is not None:
         _check_integer("depth", options["depth"], 0)

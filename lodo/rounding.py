@@ -8,6 +8,8 @@ The random bits are a hash of (element, count of the step), not of a generator's
 and with any number of threads, draws the same, and a resumed run draws what the uninterrupted one would have.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,20 @@ from lodo.scalars import Number, is_tensor
 
 MASK = 0xFFFFFFFF
 SALT = 0x9E3779B1  # spreads consecutive counts over all 32 bits; any large odd number does
+
+
+DTYPES = {None: None, "bfloat16": torch.bfloat16}
+"""What an option for the dtype of kept numbers may be; None is the dtype they are computed in."""
+
+
+def name_of(option: Any) -> Any:
+    """A dtype as the string that stands for it among the options; anything else as it is."""
+    return str(option).removeprefix("torch.") if isinstance(option, torch.dtype) else option
+
+
+def kept_dtype(option: str | torch.dtype | None, computed: torch.dtype) -> torch.dtype:
+    """The dtype that an option asks for, given the one that numbers are computed in."""
+    return DTYPES[name_of(option)] or computed
 
 
 def random_words(first: int, count: int, salt: Number, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ Per parameter: "momentum", shaped like it. On the first parameter of a group, fo
 where it has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and
 "meta_step" of the inner Adam; "last_lr"; "steps" taken and "skipped" (left out for bad gradients); "format" of this
 layout. Network and momentum are float32, or float64 for groups with float64 parameters; the moments of the inner Adam
-are of the same dtype, or bfloat16.
+and the momentum may be bfloat16 instead.
 
 torch's `Optimizer.load_state_dict` casts state to the dtype of the parameter, which would round a float32 network to
 bfloat16 and ruin indices. Saved tensors therefore travel through it inside `AsSaved`, which it does not look into.
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import kernels, meta
 from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.rounding import kept_dtype
 from lodo.scalars import Cell
 
 FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
@@ -67,12 +68,27 @@ class GroupState:
 
     def has_moments(self, group: dict[str, Any]) -> bool:
         """Whether there are moments of the dtype that the group asks for."""
-        wanted = meta.MOMENT_DTYPES[group["meta_state_dtype"]] or self.flat.dtype
+        wanted = kept_dtype(group["meta_state_dtype"], self.flat.dtype)
         return self.moments is not None and self.moments[0].dtype == wanted
 
-    def is_bound_to(self, state: State, params: list[Tensor]) -> bool:
-        """Whether `state` still holds these very tensors and the parameters have not been cast or moved."""
+    def start_moments(self, dtype: torch.dtype) -> None:
+        """Gives the inner Adam moments of this dtype: what is there, cast, or new ones."""
+        if self.moments is None:
+            self.moments = meta.start_moments(self.preconditioner.theta, dtype)
+        else:
+            self.moments = (self.moments[0].to(dtype), self.moments[1].to(dtype))
+
+    def keep_momentum(self, momentum: Tensor) -> None:
+        """Rounds the momentum of a step into the one that is kept, unless they are the same."""
+        if momentum is not self.momentum:
+            kernels.round_into_(self.momentum, momentum, self.steps.get())
+
+    def is_bound_to(self, state: State, group: dict[str, Any]) -> bool:
+        """Whether `state` still holds these very tensors, in the dtypes that parameters and options ask for."""
+        params = group["params"]
         entry = state[params[0]]
+        if self.momentum.dtype != kept_dtype(group["momentum_dtype"], self.flat.dtype):
+            return False
         if not self.flat.fits(params) or any(entry.get(name) is not value for name, value in self.shared().items()):
             return False
         first = self.momentum.data_ptr()
@@ -118,7 +134,7 @@ def start(group: dict[str, Any], learned: Preconditioner | None = None) -> Group
         raise ValueError(
             f"preconditioner was learned for {learned.size} parameters, but its param group holds {flat.size}"
         )
-    momentum = flat.new_vector()
+    momentum = flat.new_vector(kept_dtype(group["momentum_dtype"], flat.dtype))
     wide = torch.float32 if flat.device.type == "mps" else torch.float64
     cells = [Cell(momentum.new_zeros((), dtype=dtype)) for dtype in (wide, wide, torch.int64, torch.int64)]
     return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), *cells)
@@ -140,7 +156,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
         )
     flat = FlatParameters(params)
     entry = state[params[0]]
-    momentum = flat.new_vector()
+    momentum = flat.new_vector(kept_dtype(group["momentum_dtype"], flat.dtype))
     parts = flat.views(momentum)
     flat.gather([state[p]["momentum"] for p in params], parts)
 
@@ -150,7 +166,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
 
     theta = here("theta", flat.dtype)
     preconditioner = BY_NAME[group["preconditioner"]].wrap(theta, here("permutations"), flat.size)
-    wanted = meta.MOMENT_DTYPES[group["meta_state_dtype"]] or flat.dtype
+    wanted = kept_dtype(group["meta_state_dtype"], flat.dtype)
     moments = None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0], wanted), here(MOMENT_KEYS[1], wanted))
     if "steps" not in entry:  # format 1
         entry["steps"] = torch.zeros_like(entry["skipped"])

@@ -31,6 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "shuffle": {"permutation": "shuffle", "depth": 4},
     "inner sgd": {"meta_optimizer": "sgd", "depth": 2},
     "bfloat16 moments": {"meta_state_dtype": "bfloat16"},
+    "bfloat16 momentum": {"momentum_dtype": "bfloat16"},
     "every third step": {"meta_every": 3},
     "weight_decay": {"weight_decay": 0.1},
     "maximize": {"maximize": True},
@@ -68,6 +69,12 @@ REFUSED = {
     **{flag: (None, {flag: True}, TypeError, flag) for flag in ("foreach", "fused", "differentiable")},
     "capturable": (None, {"capturable": 1}, ValueError, r"capturable must be a bool, got 1"),
     "meta_every": (None, {"meta_every": 0}, ValueError, r"meta_every must be an int >= 1, got 0"),
+    "momentum_dtype": (
+        None,
+        {"momentum_dtype": "half"},
+        ValueError,
+        "momentum_dtype must be one of None, 'bfloat16', got",
+    ),
     "meta_state_dtype": (
         None,
         {"meta_state_dtype": torch.float16},

@@ -75,3 +75,9 @@ def diagonal_learn_(
 ) -> None:
     plain = not gpu.available_for_vectors(theta)
     (reference if plain else gpu).diagonal_learn_(theta, moments, g, m, lr, rates)
+
+
+def round_into_(target: Tensor, values: Tensor, count: Number) -> None:
+    """Rounds a vector of float32 or float64 stochastically into a bfloat16 one; `count` salts the random bits."""
+    plain = not gpu.available_for_vectors(values)
+    (reference if plain else gpu).round_into_(target, values, count)

@@ -291,3 +291,14 @@ def residual_learn_(
             x = within.pop()
             code.learn_residual[grid](*tensors, indices[layer], x, back, spare, numbers, size, layer * size, **more)
             back, spare = spare, back
+
+
+# ---- what is kept in bfloat16 ---------------------------------------------------------------------------------------
+
+
+def round_into_(target: Tensor, values: Tensor, count: Number) -> None:
+    """`reference.round_into_` in one pass."""
+    grid, constants = along(values.numel())
+    if not is_tensor(count):
+        count = torch.tensor(count, device=values.device)
+    device_code().round_vector[grid](target, values, count, values.numel(), **constants)

@@ -459,3 +459,15 @@ def learn_residual(
         h += d * tl.load(x + place * 2 + v, there, 0)
         tl.store(out + place * 2 + v, tl.load(back + place * 2 + v, there, 0) + w * d, there)
     learn(w, h, weight, exp_avg, exp_avg_sq, first, p, there, rates, EPS, ADAM)
+
+
+# ---- what is kept in bfloat16 ---------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def round_vector(target, values, count, size, B: tl.constexpr):
+    """A vector in bfloat16, by the random bits of minus the count."""
+    p = tl.program_id(0) * B + tl.arange(0, B)
+    there = p < size
+    words = random_words(p.to(tl.uint32), (-tl.load(count).to(tl.int64)).to(tl.uint32))
+    tl.store(target + p, to_bfloat16(tl.load(values + p, there, 0), words), there)

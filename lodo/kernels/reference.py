@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lodo import meta
+from lodo.rounding import random_words, to_bfloat16
 from lodo.scalars import Number
 
 
@@ -172,3 +173,11 @@ def diagonal_learn_(
 ) -> None:
     """One inner update of diag(theta)."""
     meta.update_(theta, (g * m).mul_(-lr), moments, rates)
+
+
+# ---- what is kept in bfloat16 ---------------------------------------------------------------------------------------
+
+
+def round_into_(target: Tensor, values: Tensor, count: Number) -> None:
+    """Rounds a float vector into a bfloat16 one. Minus the count, so that no element shares its bits with theta's."""
+    target.copy_(to_bfloat16(values, random_words(0, values.numel(), -count, values.device)))
