@@ -24,6 +24,7 @@ from lodo import meta
 from lodo.kernels import gpu
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+NUMBERS = ("float32", "float64")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 REGISTERS_PER_SM, MAX_WARPS_PER_SM = 65536, 64  # sm_80, sm_90
 BLOCKS = (2, 4, 8, 16)
@@ -93,11 +94,11 @@ def _type_of(value: Any) -> str:
     return "constexpr" if value is None else "i32"
 
 
-def recorded(code: Any) -> list[Launch]:
-    """All launches of all preconditioners: block sizes, permutations, dtypes, inner optimizers."""
+def recorded(code: Any, dtypes: Sequence[torch.dtype]) -> list[Launch]:
+    """All launches of all preconditioners of these dtypes: block sizes, permutations, inner optimizers."""
     recorder = Recorder(code)
     with mock.patch.object(gpu, "device_code", return_value=recorder):
-        for dtype in (torch.float32, torch.float64):
+        for dtype in dtypes:
             for inner in (dtype, torch.bfloat16, None):
                 for arguments in _examples(dtype, inner):
                     _run(*arguments)
@@ -197,15 +198,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.kernel_resources", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--capability", type=int, default=90, help="compute capability, 90 for 9.0 (default)")
+    parser.add_argument("--numbers", nargs="+", choices=NUMBERS, default=NUMBERS, help="dtypes of networks (both)")
     parser.add_argument("--only", default="", metavar="NAME", help="kernels with this in their names")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "gpu", help="folder of the table"
     )
     args = parser.parse_args(argv)
-    code = gpu.code()
+    code, dtypes = gpu.code(), [getattr(torch, name) for name in args.numbers]
     if code is None:
         raise SystemExit("Triton is not installed: pip install triton")
-    rows = [compiled(code, launch, args.capability) for launch in recorded(code) if args.only in launch.kernel]
+    rows = [compiled(code, launch, args.capability) for launch in recorded(code, dtypes) if args.only in launch.kernel]
     import triton
 
     title = f"The kernels on sm_{args.capability}, compiled by Triton {triton.__version__}"

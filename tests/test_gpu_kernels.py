@@ -1,7 +1,11 @@
 """The Triton kernels against plain torch: compiled where there is a GPU, else in Triton's interpreter."""
 
+import csv
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,8 @@ import lodo
 from lodo import kernels, meta, scalars
 from lodo.kernels import gpu, native, reference
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).parents[1]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 SIZES = [
     (1, 1, 1, 1),
@@ -34,6 +39,8 @@ def device(monkeypatch):
     """Where the kernels run: compiled on a CUDA device, or on CPU tensors in the interpreter (see conftest.py)."""
     if torch.cuda.is_available():
         return torch.device("cuda")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton < 3.7 does not work with NumPy >= 1.25")
     monkeypatch.setattr(gpu, "is_ready", lambda tensor: True)
     monkeypatch.setattr(native, "available", lambda theta: False)
     return torch.device("cpu")
@@ -243,6 +250,20 @@ def test_triton_is_loaded_only_where_it_runs():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler on Linux only")
+def test_every_kernel_compiles_for_sm_90_without_spills(tmp_path):
+    """Those of float32 networks, with no GPU at hand; `python -m benchmarks.kernel_resources` takes float64 too."""
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--numbers", "float32", "--out", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    with (tmp_path / "kernel_resources.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    code = (ROOT / "lodo" / "kernels" / "gpu_kernels.py").read_text()
+    assert {row["kernel"] for row in rows} == set(re.findall(r"do_not_specialize=SIZES\)\ndef (\w+)", code))
+    assert all(int(row["spilled_bytes"]) == 0 and int(row["registers"]) > 0 for row in rows)
 
 
 # ---- CUDA graphs ----------------------------------------------------------------------------------------------------

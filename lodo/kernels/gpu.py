@@ -8,9 +8,10 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from lodo import meta
 from lodo.scalars import Number, is_tensor
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MAX_BLOCK = 16  # larger blocks would not fit the registers
 MAX_NUMBERS = 2**31 - 2**16  # of theta in one layer, or of two vectors: places within them are 32-bit
@@ -31,13 +35,36 @@ WARPS, WARPS_SINGLE = 4, 8
 
 @functools.cache
 def code() -> ModuleType | None:
-    """The Triton kernels, or None where they cannot be had."""
+    """The Triton kernels, or None where Triton is not installed."""
     try:
         from lodo.kernels import gpu_kernels
-    except ImportError as error:
-        log.info("no Triton: LODO runs its plain torch kernels on CUDA: %s", error)
+    except ImportError:
         return None
     return gpu_kernels
+
+
+@functools.cache
+def can_launch() -> bool:
+    """Whether this process can compile and launch the kernels: Triton needs a driver and a C compiler."""
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever Triton misses
+        log.warning("LODO runs its plain torch kernels on CUDA, which are slow, as Triton cannot be used: %s", error)
+        return False
+    return code() is not None
+
+
+def on_its_device(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Launches go to the device of the first tensor, whichever is the current one."""
+
+    @functools.wraps(function)
+    def launched(tensor: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            return function(tensor, *args, **kwargs)
+
+    return launched
 
 
 def device_code() -> Any:
@@ -47,7 +74,7 @@ def device_code() -> Any:
 
 def is_ready(tensor: Tensor) -> bool:
     """Whether there are kernels for the device of a tensor. LODO_NATIVE=0 is honoured at every call."""
-    return tensor.is_cuda and os.environ.get("LODO_NATIVE") != "0" and code() is not None
+    return tensor.is_cuda and os.environ.get("LODO_NATIVE") != "0" and can_launch()
 
 
 def available(theta: Tensor) -> bool:
@@ -172,18 +199,20 @@ class Launches:
             self.code.learn_pairs[grid](*learned, x, numbers, *sizes, T=pair_tile, **self.constants, **more)
 
 
+@on_its_device
 def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, inverse: Tensor | None) -> Tensor:
     """`reference.matvec`; `inverse` is what `prepare` gave."""
     launches = Launches(theta, permutations)
-    x = theta.new_empty(2, launches.dim)
-    launches.enter(v.contiguous(), v, x, vectors=1)
+    x, v = theta.new_empty(2, launches.dim), v.contiguous()
+    out = torch.empty_like(v)
+    launches.enter(v, v, x, vectors=1)
     launches.up(theta, x, x, permutations, None, vectors=1)
     launches.down(theta, x, inverse)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
     launches.leave(x, inverse, out)
     return out
 
 
+@on_its_device
 def learn_(
     theta: Tensor,
     moments: meta.Moments | None,
@@ -198,8 +227,8 @@ def learn_(
     launches = Launches(theta, permutations)
     x = theta.new_empty(launches.slots, 2, launches.dim)
     y = theta.new_empty(2, launches.dim, 2) if launches.is_random else x
-    launches.enter(g.contiguous(), m.contiguous(), y, vectors=2)
     numbers = on_device(rates, lr, theta.device)
+    launches.enter(g.contiguous(), m.contiguous(), y, vectors=2)
     launches.up(theta, x, y, permutations, numbers, vectors=2)
     launches.learn(learned(theta, moments), x, y, inverse, numbers, adam=moments is not None)
 
@@ -227,6 +256,7 @@ def along(size: int) -> tuple[tuple[int], dict[str, Any]]:
     return (ceil_div(size, VECTOR_TILE),), constants
 
 
+@on_its_device
 def diagonal_learn_(
     theta: Tensor, moments: meta.Moments | None, g: Tensor, m: Tensor, lr: Number, rates: meta.Rates
 ) -> None:
@@ -236,6 +266,7 @@ def diagonal_learn_(
     device_code().learn_diagonal[grid](*tensors, theta.numel(), EPS=meta.EPS, ADAM=moments is not None, **constants)
 
 
+@on_its_device
 def residual_matvec(theta: Tensor, indices: Tensor, v: Tensor) -> Tensor:
     """`reference.residual_matvec`, a launch for every layer on either way."""
     code, size = device_code(), theta.shape[1]
@@ -252,6 +283,7 @@ def residual_matvec(theta: Tensor, indices: Tensor, v: Tensor) -> Tensor:
     return x[: v.numel()].clone()
 
 
+@on_its_device
 def residual_learn_(
     theta: Tensor,
     moments: meta.Moments | None,
@@ -296,6 +328,7 @@ def residual_learn_(
 # ---- what is kept in bfloat16 ---------------------------------------------------------------------------------------
 
 
+@on_its_device
 def round_into_(target: Tensor, values: Tensor, count: Number) -> None:
     """`reference.round_into_` in one pass."""
     grid, constants = along(values.numel())

@@ -238,6 +238,7 @@ def learn_layers(
                     tl.store(below, back_d, there)
                     tl.store(below + 1, back_e, there)
                 else:
+                    tl.debug_barrier()  # other threads may have read a and c there
                     tl.store(slot + inputs, back_d, there)
                     tl.store(slot + dim + inputs, back_e, there)
             h = factor * (a[:, None, :] * d[None, :, :] + c[:, None, :] * e[None, :, :])
@@ -373,6 +374,7 @@ def learn_pairs(
             e = from_rows(tl.sum(above * e, 0), K, T)
             # The lower layer, by blocks.
             if stage > 0:
+                tl.debug_barrier()  # other threads may have read a and c there
                 tl.store(slot + inputs, tl.sum(below * d[None, :, :], 1), there)
                 tl.store(slot + dim + inputs, tl.sum(below * e[None, :, :], 1), there)
             h = factor * (a[:, None, :] * d[None, :, :] + c[:, None, :] * e[None, :, :])
