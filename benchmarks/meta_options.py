@@ -1,8 +1,8 @@
 """What LODO's options that save memory or time cost: `meta_state_dtype`, `momentum_dtype`, `meta_every`.
 
-    python -m benchmarks.meta_options                      # about a quarter of an hour on one thread
+    python -m benchmarks.meta_options                      # some 18 minutes, half of them rounding to nearest
     python -m benchmarks.meta_options --stages time        # one part of it: state, digits, bowl, time
-    python -m benchmarks.meta_options --steps 200 --rounds 3 --out /tmp/tryout    # tries it all out, in half a minute
+    python -m benchmarks.meta_options --steps 200 --rounds 3 --out /tmp/tryout    # tries it all out, in a minute
 
 Bytes of state; the loss on the paper's noisy bowl (n = 100, float64, the default network at its tuned rates) and on
 scikit-learn's digits (the lean network), each the mean over the last tenth of the steps; and the time of a step
@@ -280,7 +280,8 @@ COLUMNS = (
 )
 NOTES = """\
 Losses are training losses over the last tenth of the steps, at rates that were tuned without these options. The walks
-of the bowl share H. Times are of `step()` alone, over that of the first setting in the same round; its row gives ms."""
+of the bowl share H. Times are of `step()` alone, over that of the first setting in the same round; its row gives ms.
+Rounding to nearest runs in plain torch, slowly: it is not timed, and has fewer walks of the bowl."""
 
 
 def markdown(results: Results, command: str) -> str:

@@ -177,7 +177,7 @@ class LODO(Optimizer):
         Raises:
             RuntimeError: for sparse gradients, or for a capture that is not allowed; nothing has changed then.
         """
-        self._check_capture()
+        is_captured = self._is_captured()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -192,23 +192,29 @@ class LODO(Optimizer):
         for group, live, (sound, idle) in zip(groups, states, _judge_all(groups, states), strict=True):
             if is_tensor(sound) or not sound:
                 live.skipped.set(live.skipped.get() + (sound == 0))
-                self._notice_skips(live)
+                if not is_captured:
+                    self._notice_skips(live)
             active = sound > idle
             if is_tensor(active) or active:
                 self._step_group(group, live, active)
         return loss
 
-    def _check_capture(self) -> None:
-        """Refuses a capture in a CUDA graph unless every group allows it and has the state that a graph can use."""
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            return
+    def _is_captured(self) -> bool:
+        """Whether this call is being captured in a CUDA graph.
+
+        Raises:
+            RuntimeError: if it is and a group does not allow it, or has no state yet.
+        """
+        if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+            return False
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable must be True in every param group for LODO.step to be captured, got False")
-        if not all(self._has_state(group) for group in self.param_groups if _has_gradients(group["params"])):
+        if not all(self._is_live(group) for group in self.param_groups if _has_gradients(group["params"])):
             raise RuntimeError(
-                "LODO makes its networks at the first step, which cannot be captured in a CUDA graph; take at least "
-                "one step before the capture"
+                "LODO prepares its state at the first step and at the first one after a load, which cannot be captured "
+                "in a CUDA graph; take at least one step before the capture"
             )
+        return True
 
     def _notice_skips(self, live: state.GroupState) -> None:
         """Warns at the first skipped step that the host knows of."""
@@ -280,16 +286,20 @@ class LODO(Optimizer):
         params = group["params"]
         return len(params) > 0 and params[0] in self.state and "theta" in self.state[params[0]]
 
+    def _is_live(self, group: dict[str, Any]) -> bool:
+        """Whether the next step finds the group's state as it needs it."""
+        live = self._live.get(group["params"][0])
+        return live is not None and live.is_bound_to(self.state, group) and _has_its_moments(group, live)
+
     def _group_state(self, group: dict[str, Any]) -> state.GroupState:
         """The live state of a group: kept from the last step, or made from `self.state`, or started."""
-        params = group["params"]
-        live = self._live.get(params[0])
+        live = self._live.get(group["params"][0])
         if live is not None and live.is_bound_to(self.state, group):
-            return live if not _uses_moments(group) or live.has_moments(group) else self._keep(group, live)
+            return live if _has_its_moments(group, live) else self._keep(group, live)
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
-        if _uses_moments(group) and not live.has_moments(group):
+        if not _has_its_moments(group, live):
             live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
         live.publish(self.state, group["params"])
         self._live[group["params"][0]] = live
@@ -311,6 +321,10 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
 
 def _uses_moments(group: dict[str, Any]) -> bool:
     return bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
+
+
+def _has_its_moments(group: dict[str, Any], live: state.GroupState) -> bool:
+    return not _uses_moments(group) or live.has_moments(group)
 
 
 def _has_gradients(params: Iterable[Tensor]) -> bool:

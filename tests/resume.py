@@ -21,6 +21,8 @@ CASES: dict[str, dict[str, Any]] = {
     "float64": {"dtype": torch.float64},
     "two_groups": {"groups": True},
     "scheduled": {"scheduled": True},
+    "bfloat16_state": {"meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
+    "every_third": {"meta_every": 3, "dtype": torch.float64, "meta_state_dtype": "bfloat16"},  # saved in mid-period
 }
 STEPS = 8
 

@@ -62,57 +62,6 @@ def test_resume_in_a_new_process_is_bit_exact(tmp_path, kernel):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"meta_state_dtype": "bfloat16"},
-        {"meta_state_dtype": torch.bfloat16},
-        {"meta_every": 3},
-        {"meta_every": 3, "meta_state_dtype": "bfloat16", "permutation": "shuffle"},
-        {"meta_every": 3, "meta_state_dtype": "bfloat16", "preconditioner": "residual", "depth": 5},
-    ],
-    ids=str,
-)
-def test_resume_with_moments_in_bfloat16_and_in_the_middle_of_a_period(options, kernel):
-    model, optimizer = fresh_pair(resume.build("default")[0], **options)
-    resume.run(model, optimizer, None, begin=0, steps=8)
-    saved = through_file(optimizer.state_dict())
-    assert saved["state"][0]["theta"].dtype == torch.float32
-    wanted = torch.bfloat16 if "meta_state_dtype" in options else torch.float32
-    assert saved["state"][0]["theta_exp_avg"].dtype == saved["state"][0]["theta_exp_avg_sq"].dtype == wanted
-    assert int(saved["state"][0]["steps"]) == 8
-    assert int(saved["state"][0]["meta_step"]) == 8 // options.get("meta_every", 1)
-    other_model, other = fresh_pair(model, **options)
-    other.load_state_dict(saved)
-    assert_same(other.state_dict(), saved)
-    for step in range(8, 13):
-        resume.run(model, optimizer, None, begin=step, steps=1)
-        resume.run(other_model, other, None, begin=step, steps=1)
-        assert_same(other_model.state_dict(), model.state_dict())
-        assert_same(other.state_dict(), optimizer.state_dict())
-
-
-@pytest.mark.parametrize("options", [{}, {"meta_state_dtype": "bfloat16"}, {"meta_every": 3}], ids=str)
-def test_a_state_of_format_1_goes_on(options, kernel):
-    """As it was before there were these options: the steps of a period are counted from the load on."""
-    model, optimizer = fresh_pair(resume.build("default")[0])
-    resume.run(model, optimizer, None, begin=0)
-    saved = edit(copy.deepcopy(optimizer.state_dict()), steps=None, format=1)
-    for group in saved["param_groups"]:
-        del group["meta_every"], group["meta_state_dtype"], group["capturable"]
-    other_model, other = fresh_pair(model, **options)
-    other.load_state_dict(through_file(saved))
-    assert_same(other.state_dict()["state"], saved["state"])
-    optimizer.param_groups[0].update(options)
-    optimizer.state[next(model.parameters())]["steps"].zero_()
-    resume.run(model, optimizer, None, begin=resume.STEPS, steps=5)
-    resume.run(other_model, other, None, begin=resume.STEPS, steps=5)
-    assert_same(other_model.state_dict(), model.state_dict())
-    assert_same(other.state_dict(), optimizer.state_dict())
-    assert other.state_dict()["state"][0]["format"] == 2
-    assert int(other.state_dict()["state"][0]["steps"]) == 5
-
-
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_loading_does_not_round_the_network_to_the_parameters_dtype(name):
     model, optimizer, _ = run = resume.build(name)

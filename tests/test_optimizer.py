@@ -6,11 +6,10 @@ import pickle
 import pytest
 import torch
 import torch._dynamo
-from oracle import KINDS, learned, matvec, quadratic
+from oracle import KINDS, learned, quadratic
 from torch import nn
 
 import lodo
-from lodo import scalars
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -106,152 +105,6 @@ def test_it_learns_and_beats_its_own_frozen_start(kind, kernel):
         return float((0.5 * (x - c) @ h @ (x - c)).detach())
 
     assert final(3e-3) < 0.7 * final(0.0)
-
-
-# ---- learning at every K-th step -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["native", "reference", "scalars on the device"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_third_step_learns_by_the_gradient_of_autograd(kind, where, monkeypatch):
-    """theta moves at steps 3, 6 and 9 only, by the gradient of the loss after the step before; each step uses it."""
-    if where != "native":
-        monkeypatch.setenv("LODO_NATIVE", "0")
-    if where == "scalars on the device":
-        monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
-    h, c = quadratic(7)
-    x = nn.Parameter(torch.randn(7, dtype=torch.float64))
-    options = {"preconditioner": kind, "depth": 3, "meta_optimizer": "sgd", "meta_every": 3}
-    optimizer = lodo.LODO([x], lr=0.3, meta_lr=0.05, beta=0.4, **options)
-    momentum = torch.zeros_like(x)
-    theta, gradient, moved = None, None, []
-    for call in range(1, 10):
-        before = x.detach().clone()
-        x.grad = h @ (before - c)
-        momentum = 0.4 * momentum + 0.6 * x.grad
-        optimizer.step()
-        g = optimizer.preconditioners[0]
-        now = learned(g)
-        if theta is not None and not torch.equal(now, theta):
-            moved.append(call)
-            torch.testing.assert_close(now, theta - 0.05 * gradient, rtol=1e-12, atol=1e-13)
-        theta = now.clone().requires_grad_()
-        landed = before - 0.3 * matvec(g, theta, momentum)
-        torch.testing.assert_close(x.detach(), landed.detach(), rtol=1e-12, atol=1e-12)
-        (gradient,) = torch.autograd.grad(0.5 * (landed - c) @ h @ (landed - c), theta)
-        theta = theta.detach()
-    assert moved == [3, 6, 9]
-    assert int(optimizer.state[x]["steps"]) == 9
-    assert int(optimizer.state[x]["meta_step"]) == 3
-
-
-def test_learning_at_every_step_is_the_default():
-    models, optimizers = [], []
-    for options in ({}, {"meta_every": 1}, {"meta_every": 2}):
-        models.append(mlp())
-        optimizers.append(lodo.LODO(models[-1].parameters(), lr=0.1, **options))
-        train(models[-1], optimizers[-1], 10)
-    assert_equal(parameters_of(models[0]), parameters_of(models[1]))
-    assert torch.equal(optimizers[0].preconditioners[0].theta, optimizers[1].preconditioners[0].theta)
-    assert not torch.equal(models[0][0].weight, models[2][0].weight)
-
-
-@pytest.mark.parametrize("where", ["native", "reference", "scalars on the device"])
-@pytest.mark.parametrize("options", [{"meta_every": 3}, {"meta_every": 3, "meta_state_dtype": "bfloat16"}], ids=str)
-@pytest.mark.filterwarnings("ignore:LODO skipped a step")
-def test_skipped_steps_do_not_advance_the_schedule(options, where, monkeypatch):
-    """With bad gradients in between, the others lead to the same bits."""
-    if where != "native":
-        monkeypatch.setenv("LODO_NATIVE", "0")
-    if where == "scalars on the device":
-        monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
-    results = []
-    for bad in ((), (0, 2, 3, 9)):
-        x = nn.Parameter(torch.linspace(-1, 1, 33))
-        optimizer = lodo.LODO([x], lr=0.1, depth=3, **options)
-        taken, call = 0, 0
-        while taken < 11:
-            x.grad = torch.full_like(x, float("nan")) if call in bad else x.detach().sin()
-            optimizer.step()
-            taken += call not in bad
-            call += 1
-        assert optimizer.skipped_steps == len(bad)
-        results.append({name: value for name, value in optimizer.state[x].items() if name not in ("skipped", "format")})
-        results[-1]["x"] = x.detach()
-    assert int(results[0]["meta_step"]) == 3
-    assert results[0].keys() == results[1].keys()
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
-
-
-# ---- moments in bfloat16 -------------------------------------------------------------------------------------------
-
-
-def moments_of(optimizer):
-    entry = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    return [entry["theta_exp_avg"], entry["theta_exp_avg_sq"]]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("value", ["bfloat16", torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_moments_in_bfloat16_train(dtype, value, kind, kernel):
-    model, other = mlp(dtype=dtype), mlp(dtype=dtype)
-    optimizer = lodo.LODO(model.parameters(), lr=0.2, preconditioner=kind, depth=4, meta_state_dtype=value)
-    losses = train(model, optimizer, 60, dtype)
-    assert optimizer.param_groups[0]["meta_state_dtype"] == "bfloat16"
-    assert {moment.dtype for moment in moments_of(optimizer)} == {torch.bfloat16}
-    assert all(moment.any() for moment in moments_of(optimizer))
-    wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    assert optimizer.preconditioners[0].theta.dtype == wanted
-    plain = train(other, lodo.LODO(other.parameters(), lr=0.2, preconditioner=kind, depth=4), 60, dtype)
-    assert losses[-1] < 0.8 * losses[0]
-    assert losses[-1] == pytest.approx(plain[-1], rel=0.05)
-
-
-def test_a_group_may_choose_its_moments():
-    model = mlp()
-    groups = [
-        {"params": model[0].parameters(), "meta_state_dtype": torch.bfloat16},
-        {"params": model[2].parameters()},
-    ]
-    optimizer = lodo.LODO(groups, lr=0.1)
-    assert [group["meta_state_dtype"] for group in optimizer.param_groups] == ["bfloat16", None]
-    train(model, optimizer, 3)
-    found = [optimizer.state[layer.weight]["theta_exp_avg"].dtype for layer in (model[0], model[2])]
-    assert found == [torch.bfloat16, torch.float32]
-
-
-def test_changing_the_dtype_of_the_moments_loses_nothing(kernel):
-    model = mlp()
-    optimizer = lodo.LODO(model.parameters(), lr=0.1)
-    group = optimizer.param_groups[0]
-    entry = optimizer.state[group["params"][0]]
-    train(model, optimizer, 10)
-    for value, dtype in (("bfloat16", torch.bfloat16), (None, torch.float32)):
-        others = {name: tensor for name, tensor in entry.items() if not name.startswith("theta_exp_avg")}
-        before = [moment.to(dtype, copy=True) for moment in moments_of(optimizer)]
-        group["meta_state_dtype"] = value
-        assert optimizer.preconditioners[0] is not None  # reading it brings the state into the new form
-        assert_equal(moments_of(optimizer), before)
-        assert {moment.dtype for moment in moments_of(optimizer)} == {dtype}
-        assert all(entry[name] is tensor for name, tensor in others.items())
-        theta = optimizer.preconditioners[0].theta.clone()
-        losses = train(model, optimizer, 10)
-        assert losses[-1] < losses[0]
-        assert not any(torch.equal(a, b) for a, b in zip(moments_of(optimizer), before, strict=True))
-        assert not torch.equal(optimizer.preconditioners[0].theta, theta)
-    assert int(entry["meta_step"]) == 30
-
-
-@pytest.mark.parametrize(("value", "expected"), [(None, 196.0), ("bfloat16", 132.0)])
-def test_bytes_per_parameter_of_the_lean_network(value, expected):
-    x = nn.Parameter(torch.zeros(10_000))
-    x.grad = torch.ones_like(x)
-    optimizer = lodo.LODO([x], depth=4, expansion=1, permutation="shuffle", meta_state_dtype=value)
-    optimizer.step()
-    tensors = [value for value in optimizer.state[x].values() if isinstance(value, torch.Tensor)]
-    assert sum(tensor.nbytes for tensor in tensors) / x.numel() == pytest.approx(expected, abs=0.01)
 
 
 # ---- groups --------------------------------------------------------------------------------------------------------

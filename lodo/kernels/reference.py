@@ -65,8 +65,8 @@ def transposed(theta: Tensor, permutations: Tensor | None, y: Tensor) -> Tensor:
     return y
 
 
-def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor) -> Tensor:
-    """E^T U^T U E v for v of shape (n,); n~ is read off theta."""
+def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, kept: None = None) -> Tensor:
+    """E^T U^T U E v for v of shape (n,); n~ is read off theta. Nothing is kept between calls."""
     padded = v.new_zeros(theta.shape[1] * theta.shape[3])
     padded[: v.numel()] = v
     return transposed(theta, permutations, forward(theta, permutations, padded))[: v.numel()]
@@ -80,6 +80,7 @@ def learn_(
     m: Tensor,
     lr: Number,
     rates: meta.Rates,
+    kept: None = None,
 ) -> None:
     """One inner update of theta along h = -d/dtheta lr <U g, U m>, by backpropagation through the layers (section 3).
 

@@ -102,19 +102,19 @@ class BlockPermutation(Preconditioner):
         return self.permutations_stored.to(torch.int64)
 
     def apply(self, v: Tensor) -> Tensor:
-        with self._prepared(learning=False) as kept:
-            return kernels.matvec(self.theta, self.permutations_stored, v, kept)
+        with self._backend(learning=False) as (backend, kept):
+            return backend.matvec(self.theta, self.permutations_stored, v, kept)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        with self._prepared(learning=True) as kept:
-            kernels.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, kept)
+        with self._backend(learning=True) as (backend, kept):
+            backend.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, kept)
 
     @contextmanager
-    def _prepared(self, learning: bool) -> Iterator[Tensor | None]:
-        """What the kernels keep between calls, taken out while in use: a call from another thread gets its own."""
-        kept = kernels.prepare(self.theta, self.permutations_stored, learning, self.__dict__.pop("_kept", None))
-        yield kept
-        self._kept = kept
+    def _backend(self, learning: bool) -> Iterator[tuple[Any, Tensor | None]]:
+        """The kernels, and what they keep between calls, taken out while in use: another thread's call gets its own."""
+        chosen = kernels.for_network(self.theta, self.permutations_stored, learning, self.__dict__.pop("_kept", None))
+        yield chosen
+        self._kept = chosen[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}

@@ -40,4 +40,4 @@ class Diagonal(Preconditioner):
         return self.theta * v
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        kernels.diagonal_learn_(self.theta, moments, g, m, lr, rates)
+        kernels.for_vectors(self.theta).diagonal_learn_(self.theta, moments, g, m, lr, rates)

@@ -86,7 +86,7 @@ class Residual(Preconditioner):
         return indices
 
     def apply(self, v: Tensor) -> Tensor:
-        return kernels.residual_matvec(self.theta, self._indices, v)
+        return kernels.for_vectors(self.theta).residual_matvec(self.theta, self._indices, v)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        kernels.residual_learn_(self.theta, moments, self._indices, g, m, lr, rates)
+        kernels.for_vectors(self.theta).residual_learn_(self.theta, moments, self._indices, g, m, lr, rates)
