@@ -81,7 +81,7 @@ class GroupState:
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""
         if momentum is not self.momentum:
-            kernels.for_vectors(momentum).round_into_(self.momentum, momentum, self.steps.get())
+            kernels.for_rounding(momentum).round_into_(self.momentum, momentum, self.steps.get())
 
     def is_bound_to(self, state: State, group: dict[str, Any]) -> bool:
         """Whether `state` still holds these very tensors, in the dtypes that parameters and options ask for."""

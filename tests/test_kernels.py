@@ -158,6 +158,19 @@ def test_large_numbers_stay_large():
     assert to_bfloat16(torch.tensor([1e300], dtype=torch.float64), torch.zeros(1).long()) == float("inf")
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 7, 70_001])
+@pytest.mark.parametrize("count", [0, 1, 70_000])
+def test_native_rounding_draws_the_same_bits(count, size, dtype):
+    values = torch.randn(size, dtype=dtype)
+    found, expected = torch.zeros(2, size, dtype=torch.bfloat16)
+    native.round_into_(found, values, count)
+    reference.round_into_(expected, values, count)
+    assert torch.equal(found, expected)
+    assert size < 100 or not torch.equal(found, values.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("half", ["M", "V"])
 def test_the_rounding_is_right_on_average(half, dtype):

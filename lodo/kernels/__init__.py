@@ -27,5 +27,10 @@ def for_network(
 
 
 def for_vectors(theta: Tensor) -> ModuleType:
-    """The kernels for the other preconditioners, and for vectors like theta."""
+    """The kernels for the other preconditioners."""
     return gpu if gpu.available_for_vectors(theta) else reference
+
+
+def for_rounding(values: Tensor) -> ModuleType:
+    """The kernels for rounding a vector."""
+    return native if native.available(values) else for_vectors(values)

@@ -437,6 +437,15 @@ void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &
   });
 }
 
+// A vector into a bfloat16 one, by the random words of minus the count (see round_into_ in reference.py).
+template <typename T> void round_into(Bfloat16 *to, const T *values, int64_t size, uint32_t turn, int threads) {
+  const int team = team_size(size, threads);
+#pragma omp parallel for simd num_threads(team)
+  for (int64_t j = 0; j < size; ++j) store(to[j], values[j], random_word(uint32_t(j), turn) & 0xFFFFu);
+}
+
+uint32_t turn_of(int64_t count) { return uint32_t(count) * 0x9E3779B1u; }
+
 } // namespace
 
 // work: 2 * D numbers (matvec), or 2 * D * (layers + 2) (learn; layers + 1 for the shuffle).
@@ -450,10 +459,12 @@ void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &
                                       int64_t size, int threads, int is_bfloat16, double lr, double step_size,         \
                                       double forget1, double keep2, double forget2, double count, double eps) {        \
     const Network<T> net{theta, exp_avg, exp_avg_sq, permutations, layers, block, width, size};                        \
-    const uint32_t turn = uint32_t(int64_t(count)) * 0x9E3779B1u;                                                      \
-    const Rates<T> rates{T(step_size), T(forget1), T(keep2), T(forget2), T(eps), turn};                                \
+    const Rates<T> rates{T(step_size), T(forget1), T(keep2), T(forget2), T(eps), turn_of(int64_t(count))};             \
     const auto tile = !exp_avg ? learn_tile<T, void> : is_bfloat16 ? learn_tile<T, Bfloat16> : learn_tile<T, T>;       \
     learn<T>(net, g, m, T(lr), rates, tile, work, threads);                                                            \
+  }                                                                                                                    \
+  extern "C" void lodo_round_##SUFFIX(void *to, const T *values, int64_t size, int64_t count, int threads) {           \
+    round_into(static_cast<Bfloat16 *>(to), values, size, turn_of(-count), threads);                                   \
   }
 
 LODO_ENTRY_POINTS(float, f32)

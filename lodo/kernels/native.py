@@ -67,12 +67,14 @@ def _build_and_load(compiler: str, flags: tuple[str, ...], folder: Path) -> ctyp
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes the arguments: pointers; layers, block, width and size; threads; is_bfloat16, lr and rates."""
+    """Tells ctypes the arguments: pointers; layers, block, width and size, or size and count; threads; is_bfloat16, lr
+    and rates."""
     pointer, shape, integer, number = ctypes.c_void_p, [ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_double
     for suffix in SUFFIX.values():
         for name, types in (
             ("matvec", [pointer] * 5 + shape + [integer]),
             ("learn", [pointer] * 7 + shape + [integer] * 2 + [number] * 7),
+            ("round", [pointer] * 2 + [ctypes.c_int64] * 2 + [integer]),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
             function.argtypes = types
@@ -165,3 +167,9 @@ def _call(name: str, theta: Tensor, size: int, tensors: tuple[Tensor | None, ...
     function = getattr(_load(), f"lodo_{name}_{SUFFIX[theta.dtype]}")
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     function(*pointers, layers, block, width, size, torch.get_num_threads(), *numbers)
+
+
+def round_into_(target: Tensor, values: Tensor, count: int) -> None:
+    """`reference.round_into_`."""
+    function = getattr(_load(), f"lodo_round_{SUFFIX[values.dtype]}")
+    function(target.data_ptr(), values.data_ptr(), values.numel(), count, torch.get_num_threads())
