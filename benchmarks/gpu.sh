@@ -27,8 +27,8 @@ if ((tiny)); then
 else
     out=${out:-benchmarks/results/gpu}
     # The sizes that matter most come first, should the time not do for all.
-    step_options=(--sizes 95000 1e6 11173962 1e8 1e4 1e3 --rounds 5 --repetitions 20 --seconds 0.5 --budget 130)
-    training_options=(--rounds 9 --milliseconds 400 --seconds 80)
+    step_options=(--sizes 95000 1e6 11173962 1e8 1e4 1e3 --rounds 5 --repetitions 20 --seconds 0.5 --budget 125)
+    training_options=(--rounds 9 --milliseconds 400 --seconds 75)
 fi
 mkdir -p "$out" || exit 2
 summary=$out/summary.txt
@@ -77,15 +77,11 @@ export -f run_tests
 
 # The limits add up to less than eight minutes.
 # shellcheck disable=SC2016  # expanded there
-stage tests 120 bash -c 'run_tests "$1" "$2"' tests "$python" "$tiny"
-stage step_time 180 "$python" -m benchmarks.step_time --device "$device" --out "$out" "${step_options[@]}"
-stage training_throughput 120 \
+stage tests 110 bash -c 'run_tests "$1" "$2"' tests "$python" "$tiny"
+stage step_time 170 "$python" -m benchmarks.step_time --device "$device" --out "$out" "${step_options[@]}"
+stage training_throughput 110 \
     "$python" -m benchmarks.training_throughput --device "$device" --out "$out" "${training_options[@]}"
-if [[ -e benchmarks/kernel_limits.py ]]; then
-    stage kernel_limits 40 "$python" -m benchmarks.kernel_limits --device "$device" --out "$out"
-else
-    echo "kernel_limits: not there" >>"$summary"
-fi
+stage kernel_limits 80 "$python" -m benchmarks.kernel_limits --device "$device" --out "$out"
 
 {
     echo
