@@ -146,7 +146,9 @@ class PeakMemory:
         if device == "cpu":
             self.before = 1024 * proc_kilobytes("/proc/self/status", "VmRSS")
         else:
-            torch.cuda.synchronize()  # makes the device known, if nothing has done so yet
+            one = torch.ones(1, device=device)
+            torch.dot(one, one)  # so that the workspace of the linear algebra library does not count
+            torch.cuda.synchronize()
             self.before = float(torch.cuda.memory_allocated())
         self.restart()
 

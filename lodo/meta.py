@@ -10,6 +10,7 @@ or plain SGD (the ablation LODO-SGD): theta <- theta - meta_lr * h.
 M and V are of theta's dtype, or bfloat16 (`meta_state_dtype`), rounded stochastically; the arithmetic is in theta's.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ Moments = tuple[Tensor, Tensor]
 
 
 class Rates(NamedTuple):
-    """The numbers of one inner step: plain, or 0-dim tensors of theta's dtype."""
+    """The numbers of one inner step: plain, or 0-dim tensors of theta's dtype (the count of its own)."""
 
     step_size: Number
     forget1: Number  # 1 - b1
@@ -48,8 +49,12 @@ def rates(kind: str, meta_lr: float, count: Number, active: Number, dtype: torch
     bit for bit."""
     t = count + (count < 1)  # an inactive first step must not divide 0 by 0
     bias = 1 if kind == "sgd" else (1 - BETA2**t) ** 0.5 / (1 - BETA1**t)
-    numbers = (active * meta_lr * bias, active * (1 - BETA1), 1 - active * (1 - BETA2), active * (1 - BETA2), t)
-    return Rates(*(torch.stack(numbers).to(dtype).unbind() if is_tensor(active) else numbers))
+    numbers: Sequence[Number]
+    numbers = (active * meta_lr * bias, active * (1 - BETA1), 1 - active * (1 - BETA2), active * (1 - BETA2))
+    if is_tensor(active):
+        numbers = torch.stack(numbers).to(dtype).unbind()
+    step_size, forget1, keep2, forget2 = numbers
+    return Rates(step_size, forget1, keep2, forget2, t)
 
 
 def update_(theta: Tensor, h: Tensor, moments: Moments | None, rates: Rates, first: int = 0) -> None:

@@ -166,7 +166,8 @@ class LODO(Optimizer):
         """Takes one step on the gradients in `.grad`; see `lodo.step.lodo_step`.
 
         In a CUDA graph (`capturable=True`) an lr that is to change between replays must be a tensor on the device; the
-        other options are fixed when the graph is captured. Skipped steps are counted there, without a warning.
+        other options are fixed when the graph is captured. Skipped steps are counted there, without a warning. After
+        loading a state, and after a change of an option that state depends on, capture anew.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -257,6 +258,7 @@ class LODO(Optimizer):
             step.add_(live.gradient.mul_(lr * group["weight_decay"] * active))
         moved = [(p, part) for p, part in zip(params, live.flat.views(step), strict=True) if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moved], [part for _, part in moved])
+        live.has_stepped = True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -287,9 +289,11 @@ class LODO(Optimizer):
         return len(params) > 0 and params[0] in self.state and "theta" in self.state[params[0]]
 
     def _is_live(self, group: dict[str, Any]) -> bool:
-        """Whether the next step finds the group's state as it needs it."""
+        """Whether a step was taken on the group's state as it is, so that the next one has nothing to prepare."""
         live = self._live.get(group["params"][0])
-        return live is not None and live.is_bound_to(self.state, group) and _has_its_moments(group, live)
+        if live is None or not live.has_stepped or not live.is_bound_to(self.state, group):
+            return False
+        return _has_its_moments(group, live)
 
     def _group_state(self, group: dict[str, Any]) -> state.GroupState:
         """The live state of a group: kept from the last step, or made from `self.state`, or started."""

@@ -50,7 +50,9 @@ def random_words(first: int, count: int, salt: Number, device: torch.device) -> 
 def to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """`values` (float32 or float64) in bfloat16, up with the probability that 16 random bits per element give.
 
-    Numbers that bfloat16 holds exactly stay what they are.
+    Numbers that bfloat16 holds exactly stay what they are, and a NaN stays one.
     """
-    word = values.to(torch.float32).view(torch.int32) + (bits & 0xFFFF).to(torch.int32).view(values.shape)
-    return (word & -0x10000).view(torch.float32).to(torch.bfloat16)
+    narrow = values.to(torch.float32)
+    word = narrow.view(torch.int32) + (bits & 0xFFFF).to(torch.int32).view(values.shape)
+    rounded = (word & -0x10000).view(torch.float32)
+    return torch.where(narrow.isnan(), narrow, rounded).to(torch.bfloat16)

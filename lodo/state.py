@@ -47,6 +47,7 @@ class GroupState:
     gradient: Tensor = field(init=False)
     gradient_parts: list[Tensor] = field(init=False)
     lr: Cell = field(init=False)
+    has_stepped: bool = field(init=False, default=False)  # so that all that kernels prepare is there
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()

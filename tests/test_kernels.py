@@ -158,6 +158,16 @@ def test_large_numbers_stay_large():
     assert to_bfloat16(torch.tensor([1e300], dtype=torch.float64), torch.zeros(1).long()) == float("inf")
 
 
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("native", marks=needs_compiler)])
+def test_not_a_number_stays_one(kernel):
+    """Whatever its bits: NVIDIA's is 0x7fffffff, to which nothing may be added."""
+    values = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    for count in range(1, 20):
+        found = torch.zeros(3, dtype=torch.bfloat16)
+        {"reference": reference, "native": native}[kernel].round_into_(found, values, count)
+        assert found.isnan().all()
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 7, 70_001])

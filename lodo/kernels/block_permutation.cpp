@@ -211,7 +211,8 @@ template <typename T> inline void store(Bfloat16 &moment, T value, uint32_t bits
   const float narrow = float(value);
   uint32_t word;
   std::memcpy(&word, &narrow, sizeof word);
-  moment.bits = uint16_t((word + bits) >> 16);
+  const bool is_nan = (word & 0x7FFFFFFFu) > 0x7F800000u; // to which adding bits could give any number
+  moment.bits = is_nan ? uint16_t(0x7FC0) : uint16_t((word + bits) >> 16);
 }
 
 // The heart of the step: per block, the hypergradient h = a d^T + c e^T, the inner update of B with it, and the

@@ -274,7 +274,7 @@ def residual_matvec(theta: Tensor, indices: Tensor, v: Tensor) -> Tensor:
     x, y = v.new_zeros(2, size)
     x[: v.numel()] = v
     for weight, index in zip(theta[:-1], indices, strict=True):
-        code.up_residual[grid](weight, index, x, y, size, V=1, **constants)
+        code.up_residual[grid](weight, index, x, y, None, size, V=1, **constants)
         x, y = y, x
     x.mul_(theta[-1])
     for layer in reversed(range(len(indices))):
@@ -305,7 +305,7 @@ def residual_learn_(
 
     def up(x: Tensor, layer: int) -> Tensor:
         out = torch.empty_like(x)
-        code.up_residual[grid](theta[layer], indices[layer], x, out, size, V=2, **constants)
+        code.up_residual[grid](theta[layer], indices[layer], x, out, numbers, size, V=2, **constants)
         return out
 
     for begin in range(0, layers, stretch):

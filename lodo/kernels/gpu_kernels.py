@@ -39,8 +39,10 @@ def random_words(index, count):
 @triton.jit
 def to_bfloat16(x, bits):
     """`lodo.rounding.to_bfloat16`."""
-    word = x.to(tl.float32).to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
-    return (word & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    word = x.to(tl.float32).to(tl.uint32, bitcast=True)
+    rounded = (word + (bits & 0xFFFF)) & 0xFFFF0000
+    is_nan = (word & 0x7FFFFFFF) > 0x7F800000
+    return tl.where(is_nan, 0x7FC00000, rounded).to(tl.uint32).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit
@@ -404,8 +406,11 @@ def learn_diagonal(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def up_residual(weight, permutation, x, out, size, B: tl.constexpr, V: tl.constexpr):
+def up_residual(weight, permutation, x, out, numbers, size, B: tl.constexpr, V: tl.constexpr):
     """A x = x + w * x[perm] for V vectors, side by side."""
+    if numbers is not None:
+        if tl.load(numbers + 1) == 0:  # nothing is to be learned at this step
+            return
     p = tl.program_id(0) * B + tl.arange(0, B)
     there = p < size
     source, w = tl.load(permutation + p, there, 0), tl.load(weight + p, there, 0)
@@ -432,14 +437,15 @@ def turn_residual(
     -lr * D * (x_m, x_g), with the inner update of D. `first` is D's place in theta."""
     rates = load_rates(numbers, weight)
     factor = rates[5]
+    if rates[1] == 0:
+        return
     p = tl.program_id(0) * B + tl.arange(0, B)
     there = p < size
     w = tl.load(weight + first + p, there, 0)
     g, m = tl.load(x + p * 2, there, 0), tl.load(x + p * 2 + 1, there, 0)
     tl.store(out + p * 2, factor * w * m, there)
     tl.store(out + p * 2 + 1, factor * w * g, there)
-    if rates[1] != 0:
-        learn(w, factor * g * m, weight, exp_avg, exp_avg_sq, first, p, there, rates, EPS, ADAM)
+    learn(w, factor * g * m, weight, exp_avg, exp_avg_sq, first, p, there, rates, EPS, ADAM)
 
 
 @triton.jit(do_not_specialize=SIZES)
