@@ -2,7 +2,7 @@
 
     python -m benchmarks.meta_options                      # some 18 minutes, half of them rounding to nearest
     python -m benchmarks.meta_options --stages time        # one part of it: state, digits, bowl, time
-    python -m benchmarks.meta_options --steps 200 --rounds 3 --out /tmp/tryout    # tries it all out, in a minute
+    python -m benchmarks.meta_options --steps 200 --rounds 3 --out out/tryout    # tries it all out, in a minute
 
 Bytes of state; the loss on the paper's noisy bowl (n = 100, float64, the default network at its tuned rates) and on
 scikit-learn's digits (the lean network), each the mean over the last tenth of the steps; and the time of a step
