@@ -149,8 +149,8 @@ class LODO(Optimizer):
 
         Reading it waits for the device.
         """
-        counts = [self.state[group["params"][0]]["skipped"] for group in self.param_groups if self._has_state(group)]
-        return max((int(count) for count in counts), default=0)
+        entries = [state.entry_of(group, self.state) for group in self.param_groups if self._has_state(group)]
+        return max((int(entry["skipped"]) for entry in entries), default=0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -185,7 +185,7 @@ class LODO(Optimizer):
         groups = [group for group in self.param_groups if _has_gradients(group["params"])]
         states = [self._group_state(group) for group in groups]
         for group, live in zip(groups, states, strict=True):
-            live.flat.gather([p.grad for p in group["params"]], live.gradient_parts)
+            live.flat.gather(live.flat.gradients(group["params"]), live.gradient_parts)
             if group["maximize"]:
                 live.gradient.neg_()
             live.lr.set(group["lr"])
@@ -250,13 +250,14 @@ class LODO(Optimizer):
         )
         live.keep_momentum(momentum)
         live.last_lr.set(choose(active, lr, live.last_lr.get()))
-        params = group["params"]
+        params = live.flat.tensors(group["params"])
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
             live.flat.gather(params, live.gradient_parts)
             step.add_(live.gradient.mul_(lr * group["weight_decay"] * active))
-        moved = [(p, part) for p, part in zip(params, live.flat.views(step), strict=True) if p.grad is not None]
-        torch._foreach_sub_([p for p, _ in moved], [part for _, part in moved])
+        parts = zip(group["params"], params, live.flat.views(step), strict=True)
+        moved = [(tensor, part) for p, tensor, part in parts if p.grad is not None]
+        torch._foreach_sub_([tensor for tensor, _ in moved], [part for _, part in moved])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -271,6 +272,15 @@ class LODO(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             last.remove()
+        renewed = [group for group in self.param_groups if self._has_state(group) and state.is_bare(group, self.state)]
+        for group in renewed:
+            self._group_state(group)
+        if renewed:
+            warnings.warn(
+                "LODO loaded a state that was saved with another number of shards. Momentum and options go on; the "
+                "networks, which belong to shards, do not fit any more and start anew.",
+                stacklevel=2,
+            )
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)
@@ -284,7 +294,7 @@ class LODO(Optimizer):
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         params = group["params"]
-        return len(params) > 0 and params[0] in self.state and "theta" in self.state[params[0]]
+        return len(params) > 0 and params[0] in self.state and "format" in self.state[params[0]]
 
     def _is_live(self, group: dict[str, Any]) -> bool:
         """Whether the next step finds the group's state as it needs it."""
@@ -301,7 +311,7 @@ class LODO(Optimizer):
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
         if not _has_its_moments(group, live):
             live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
-        live.publish(self.state, group["params"])
+        live.publish(self.state, group)
         self._live[group["params"][0]] = live
         return live
 
@@ -316,7 +326,7 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
     for saved in state_dict["param_groups"]:
         check_options({**optimizer.defaults, **saved})
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
-    return {**state_dict, "state": state.wrap(state_dict["state"], ids)}
+    return {**state_dict, "state": state.wrap(state.without_misfits(state_dict, groups), ids)}
 
 
 def _uses_moments(group: dict[str, Any]) -> bool:

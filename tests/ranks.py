@@ -14,18 +14,19 @@ import torch
 import torch.distributed as dist
 
 LIMIT = 120  # seconds
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns on each of `world` ranks, in order of rank.
 
-    The processes are forked from a server that has imported torch, and find each other through a file.
+    The processes are forked from a server that has imported what takes long, and find each other through a file.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, or that did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"])
+    context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         common = (world, Path(folder, "store").as_uri(), results, function, args)
@@ -34,9 +35,10 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             process.start()
         try:
             found = dict(_receive(results) for _ in processes)
-        finally:
             for process in processes:
                 process.join(10)
+        finally:
+            for process in processes:
                 process.kill()
     return [found[rank] for rank in range(world)]
 

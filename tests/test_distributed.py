@@ -1,20 +1,25 @@
-"""Training on several ranks: DistributedDataParallel."""
+"""Training on several ranks: DistributedDataParallel, sharded parameters (FSDP2, HSDP, tensor parallelism)."""
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from oracle import KINDS
 from ranks import run
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 import lodo
-
-if not dist.is_available():
-    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
 LEAN = {"depth": 4, "expansion": 1}
 
@@ -104,3 +109,220 @@ def test_a_nan_on_one_ddp_rank_is_skipped_on_all():
     assert_same(first, second)
     assert first["optimizer"][0]["skipped"] == 1
     assert first["optimizer"][0]["steps"] == 6
+
+
+def local(tensor):
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+class Twin:
+    """An ordinary LODO on copies of this rank's shards, which is given the gradients that the sharded one saw."""
+
+    def __init__(self, params, **options):
+        self.originals = list(params)
+        self.params = [nn.Parameter(local(p).clone()) for p in self.originals]
+        self.optimizer = lodo.LODO(self.params, **options)
+
+    def step(self):
+        for p, original in zip(self.params, self.originals, strict=True):
+            p.grad = None if original.grad is None else local(original.grad).clone()
+        if all(p.numel() == 0 for p in self.params):
+            return
+        self.optimizer.step()
+
+    def assert_same(self, optimizer):
+        """Parameters and state agree in every bit; what is kept for the group is this rank's, padded with zeros."""
+        for p, original in zip(self.params, self.originals, strict=True):
+            assert torch.equal(p, local(original))
+            if p.numel() > 0:
+                assert type(optimizer.state[original]["momentum"]) is type(original.data)
+                assert torch.equal(self.optimizer.state[p]["momentum"], local(optimizer.state[original]["momentum"]))
+        expected = self.optimizer.state[self.params[0]]
+        found = optimizer.state[self.originals[0]]
+        suffix = f"_in_{found['shards']}_shards" if "shards" in found else ""
+        for name, value in expected.items():
+            if name not in ("momentum", "format"):
+                kept = local(found[name + suffix])
+                assert kept.dtype == value.dtype
+                assert torch.equal(kept.flatten()[: value.numel()], value.flatten()), name
+                assert not kept.flatten()[value.numel() :].any()
+
+
+def fsdp(dtype=torch.float32, mesh=None):
+    model = network(dtype)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+OPTIONS = {"lr": 0.1, "meta_lr": 1e-2, "weight_decay": 0.01}
+
+
+def fsdp_and_twin(cases):
+    """The layers have 7 and 3 rows: shards are uneven, and on 4 ranks the last has nothing of the second layer."""
+    for options in cases:
+        model = fsdp(options.pop("dtype", torch.float32))
+        groups = [list(model[0].parameters()), list(model[2].parameters())]
+        optimizer = lodo.LODO([{"params": group} for group in groups], **{**OPTIONS, **options})
+        twins = [Twin(group, **{**OPTIONS, **options}) for group in groups]
+        for step in range(12):
+            optimizer.zero_grad()
+            x = torch.randn(8, 5, dtype=next(model.parameters()).dtype)
+            (model(x) - x[:, :3].sin()).square().mean().backward()
+            if step == 5:
+                model[2].bias.grad = None
+            optimizer.step()
+            for twin in twins:
+                twin.step()
+        for twin in twins:
+            twin.assert_same(optimizer)
+        assert optimizer.skipped_steps == 0
+        begin = network(next(model.parameters()).dtype)
+        assert not torch.equal(model[0].weight.detach().full_tensor(), begin[0].weight)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_fsdp_is_a_separate_optimizer_for_each_shard(world):
+    cases = [{"preconditioner": kind} for kind in KINDS]
+    cases += [
+        {"permutation": "shuffle", "expansion": 1.5, "block_size": 3, "meta_optimizer": "sgd"},
+        {"meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16", "meta_every": 2},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64, "maximize": True},
+        {"meta_lr": 0.0},
+    ]
+    run(world, fsdp_and_twin, cases)
+
+
+def one_rank_has_nothing(kind):
+    """One row on two ranks: all that the second has is empty, and it keeps the same entries of the state, of the same
+    sizes, so that ranks can exchange them."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(5, 1))
+    optimizer = lodo.LODO(model.parameters(), preconditioner=kind, **OPTIONS)
+    twin = Twin(model.parameters(), preconditioner=kind, **OPTIONS)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        twin.step()
+    if dist.get_rank() == 0:
+        twin.assert_same(optimizer)
+    else:
+        assert all(p.numel() == 0 for p in twin.params)
+    assert optimizer.skipped_steps == 0
+    entry = optimizer.state[model.weight]
+    kept = {name: local(value) for name, value in entry.items() if name not in ("momentum", "format", "shards")}
+    assert all(value.isfinite().all() for value in kept.values())
+    return {name: value.shape for name, value in kept.items()}
+
+
+def nothing_for_each_kind():
+    return [one_rank_has_nothing(kind) for kind in KINDS]
+
+
+def test_a_rank_may_have_nothing_of_a_group():
+    first, second = run(2, nothing_for_each_kind)
+    assert first == second
+
+
+def mixtures():
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.arange(15.0).reshape(5, 3) / 10
+
+    def made(*placements):
+        return nn.Parameter(distribute_tensor(x, mesh, placements))
+
+    plain, replicated = nn.Parameter(x.clone()), made(Replicate())
+    optimizer, twin = lodo.LODO([plain, replicated], **OPTIONS), Twin([plain, replicated], **OPTIONS)
+    rows, columns = made(Shard(0)), made(Shard(1))
+    sharded, sharded_twin = lodo.LODO([rows, columns], **OPTIONS), Twin([rows, columns], **OPTIONS)
+    for _ in range(5):
+        plain.grad = plain.detach().sin()
+        for p in (replicated, rows, columns):
+            p.grad = p.detach().sin()
+        # As tensor parallelism may leave it: each rank has a part of the sum.
+        half = DTensor.from_local(local(replicated).sin() / 2, mesh, [Partial()])
+        replicated.grad = half if len(optimizer.state) else replicated.grad
+        optimizer.step()
+        replicated.grad = replicated.grad.redistribute(placements=[Replicate()])
+        twin.step(), sharded.step(), sharded_twin.step()
+    twin.assert_same(optimizer)
+    sharded_twin.assert_same(sharded)
+    for group in ([plain, rows], [replicated, rows]):
+        with pytest.raises(ValueError, match="make one group for each"):
+            lodo.LODO(group)
+    with pytest.raises(ValueError, match="pending sums"):
+        lodo.LODO([nn.Parameter(DTensor.from_local(x, mesh, [Partial()]))])
+    with pytest.raises(ValueError, match=r"one of .block_permutation., .* for sharded parameters, got BlockPerm"):
+        lodo.LODO([rows], preconditioner=sharded.preconditioners[0])
+    return local(replicated)
+
+
+def test_groups_may_mix_what_is_sharded_over_the_same_ranks():
+    first, second = run(2, mixtures)
+    assert torch.equal(first, second)
+
+
+def sharded_nan():
+    mesh = init_device_mesh("cpu", (2,))
+    x = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    optimizer = lodo.LODO([x], **OPTIONS)
+    x.grad = x.detach().sin()
+    optimizer.step()
+    before = copy.deepcopy((local(x), dict(optimizer.state[x])))
+    bad = torch.ones(4, 3)
+    bad[3, 1] = float("nan")  # in the second rank's shard
+    x.grad = distribute_tensor(bad, mesh, [Shard(0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    return torch.equal(local(x), before[0]), optimizer.skipped_steps
+
+
+def test_a_nan_is_skipped_by_the_rank_that_has_it_in_its_shard():
+    assert run(2, sharded_nan) == [(False, 0), (True, 1)]
+
+
+def clipped_nan():
+    model = fsdp()
+    optimizer = lodo.LODO(model.parameters(), **OPTIONS)
+    train(model, optimizer, 0, 2, own_share())
+    before = [local(p).clone() for p in model.parameters()]
+    model(torch.ones(2, 5)).sum().backward()
+    if dist.get_rank() == 1:
+        local(model[0].weight.grad)[0, 0] = float("nan")
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    return all(
+        torch.equal(local(p), q) for p, q in zip(model.parameters(), before, strict=True)
+    ), optimizer.skipped_steps
+
+
+def test_gradient_clipping_carries_a_nan_to_all_ranks():
+    assert run(2, clipped_nan) == [(True, 1), (True, 1)]
+
+
+def hsdp(steps):
+    model = fsdp(mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    optimizer = lodo.LODO(model.parameters(), **OPTIONS, **LEAN)
+    train(model, optimizer, 0, steps, own_share())
+    found = {f"parameter {i}": local(p) for i, p in enumerate(model.parameters())}
+    for i, entry in enumerate(optimizer.state.values()):
+        found |= {f"{i} {name}": local(value) for name, value in entry.items() if isinstance(value, torch.Tensor)}
+    return found
+
+
+def test_hsdp_replicas_of_a_shard_stay_bit_identical():
+    first, second, third, fourth = run(4, hsdp, 100)
+    assert_same(first, third)
+    assert_same(second, fourth)
+    assert not torch.equal(first["0 theta_in_2_shards"], second["0 theta_in_2_shards"])
+
+
+def test_importing_lodo_does_not_load_dtensors():
+    code = "import sys, lodo; assert 'torch.distributed.tensor' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(Path(lodo.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
