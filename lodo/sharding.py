@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -51,7 +52,9 @@ def shown_as(p: Tensor, part: Tensor) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+    # copy.deepcopy fails on a DTensor whose local tensor starts in mid-storage; through DLPack it gets its own storage.
+    whole = from_dlpack(part)
+    return DTensor.from_local(whole, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
 def check_sharding(params: Sequence[Tensor]) -> None:

@@ -141,7 +141,9 @@ class GroupState:
         else:
             self.kept = sharding.spread(self.shared(), shapes(sharding.largest, group))
             self._work_on(sharding.opened(self.kept, shapes(self.flat.size, group)))
-            entry.update(self.kept, format=SHARDED_FORMAT, shards=sharding.shards)
+            # A one-dimensional tensor: torch cannot load a number that is not in the state it loads into.
+            shards = torch.tensor([sharding.shards], device=self.flat.device)
+            entry.update(self.kept, format=SHARDED_FORMAT, shards=shards)
         own = [*self.shared().values(), *self.momentum_parts]
         pairs = zip([*self.kept.values(), *self.kept_momentum], own, strict=True)
         self._shown = [(kept, tensor) for kept, tensor in pairs if kept is not tensor]
@@ -301,9 +303,9 @@ def without_misfits(saved: dict[str, Any], groups: list[dict[str, Any]]) -> Stat
 
 
 def _is_misfit(entry: dict[str, Any], sharding: Sharding | None) -> bool:
-    # An entry of a plain group may hold "shards" all the same: what a distributed checkpoint lacks is left as it was.
-    shards = entry.get("shards", 0) if entry.get("format") == SHARDED_FORMAT else 1
-    return shards != (1 if sharding is None else sharding.shards)
+    # "shards" alone does not tell: what a distributed checkpoint lacks is left as it was in the state loaded into.
+    found = 1 if entry.get("format") != SHARDED_FORMAT else int(entry["shards"]) if "shards" in entry else 0
+    return found != (1 if sharding is None else sharding.shards)
 
 
 def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:

@@ -13,6 +13,13 @@ import torch.distributed as dist
 from oracle import KINDS
 from ranks import run
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -139,7 +146,7 @@ class Twin:
                 assert torch.equal(self.optimizer.state[p]["momentum"], local(optimizer.state[original]["momentum"]))
         expected = self.optimizer.state[self.params[0]]
         found = optimizer.state[self.originals[0]]
-        suffix = f"_in_{found['shards']}_shards" if "shards" in found else ""
+        suffix = f"_in_{int(found['shards'])}_shards" if "shards" in found else ""
         for name, value in expected.items():
             if name not in ("momentum", "format"):
                 kept = local(found[name + suffix])
@@ -326,3 +333,210 @@ def test_importing_lodo_does_not_load_dtensors():
     code = "import sys, lodo; assert 'torch.distributed.tensor' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(Path(lodo.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def ddp_run():
+    model = DistributedDataParallel(network(torch.float32))
+    return model, lodo.LODO(model.parameters(), **OPTIONS)
+
+
+def fsdp_run(**options):
+    """Two groups, one of them of another kind, with counts and rounding that must go on where they were."""
+    model = fsdp()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "preconditioner": "diagonal"}]
+    settings = {"meta_every": 3, "meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16", **options}
+    return model, lodo.LODO(groups, **OPTIONS, **settings)
+
+
+def hsdp_run():
+    model = fsdp(mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return model, lodo.LODO(model.parameters(), **OPTIONS, **LEAN)
+
+
+def bfloat16_run():
+    model = fsdp(torch.bfloat16)
+    return model, lodo.LODO(model.parameters(), permutation="shuffle", **OPTIONS)
+
+
+def one_group_run():
+    model = fsdp()
+    return model, lodo.LODO(model.parameters(), **OPTIONS)
+
+
+def plain_run():
+    model = network(torch.float32)
+    return model, lodo.LODO(model.parameters(), **OPTIONS)
+
+
+def save(folder, model, optimizer, **options):
+    state = get_state_dict(model, optimizer, options=StateDictOptions(**options))
+    if options.get("full_state_dict"):
+        if dist.get_rank() == 0:
+            torch.save(state, folder / "full.pt")
+        dist.barrier()
+    else:
+        dcp.save(dict(zip(("model", "optimizer"), state, strict=True)), checkpoint_id=folder)
+
+
+def load(folder, model, optimizer, planner=None, **options):
+    options = StateDictOptions(**options)
+    if options.broadcast_from_rank0:
+        state = torch.load(folder / "full.pt", weights_only=True) if dist.get_rank() == 0 else ({}, {})
+    elif options.full_state_dict:
+        state = torch.load(folder / "full.pt", weights_only=True)
+    else:
+        state = get_state_dict(model, optimizer, options=options)
+        template = dict(zip(("model", "optimizer"), state, strict=True))
+        dcp.load(template, checkpoint_id=folder, planner=planner)
+        state = template["model"], template["optimizer"]
+    # Not `set_state_dict`: it leaves the model alone on the ranks that pass nothing and wait for the broadcast.
+    set_model_state_dict(model, state[0], options=options)
+    set_optimizer_state_dict(model, optimizer, state[1], options=options)
+
+
+def resumed(folder, make, options):
+    """Trains, saves, goes on; loads into what another process would make, and goes on with that."""
+    model, optimizer = make()
+    train(model, optimizer, 0, 8, own_share())
+    save(folder, model, optimizer, **options)
+    other_model, other = make()
+    load(folder, other_model, other, **options)
+    assert_same_shards(other_model, other, model, optimizer)
+    train(model, optimizer, 8, 16, own_share())
+    train(other_model, other, 8, 16, own_share())
+    assert_same_shards(other_model, other, model, optimizer)
+
+
+def assert_same_shards(model, optimizer, expected_model, expected):
+    found, wanted = everything(model, optimizer), everything(expected_model, expected)
+    assert_same(pytree.tree_map(type, found), pytree.tree_map(type, wanted))
+    assert_same(pytree.tree_map(local_or_same, found), pytree.tree_map(local_or_same, wanted))
+
+
+WAYS = {
+    "sharded": {},
+    "flat": {"flatten_optimizer_state_dict": True},
+    "full": {"full_state_dict": True, "cpu_offload": True},
+    "broadcast": {"full_state_dict": True, "cpu_offload": True, "broadcast_from_rank0": True},
+}
+
+
+def resumed_in_all_ways(folder, makers, ways):
+    for make in makers:
+        for name, options in ((name, WAYS[name]) for name in ways):
+            path = folder / f"{make.__name__}-{name}"
+            if dist.get_rank() == 0:
+                path.mkdir()
+            dist.barrier()
+            resumed(path, make, options)
+
+
+@pytest.mark.parametrize(
+    ("world", "makers", "ways"),
+    [(2, (ddp_run, fsdp_run), tuple(WAYS)), (2, (bfloat16_run,), ("sharded",)), (4, (hsdp_run,), ("sharded", "full"))],
+)
+def test_distributed_checkpoints_resume_bit_for_bit(tmp_path, world, makers, ways):
+    run(world, resumed_in_all_ways, tmp_path, makers, ways)
+
+
+def momenta(model, optimizer):
+    return {name: whole(optimizer.state[p]["momentum"]) for name, p in model.named_parameters()}
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def saved_run(folder, make):
+    """Leaves a sharded and a full checkpoint; returns parameters and momentum."""
+    model, optimizer = make()
+    train(model, optimizer, 0, 8)
+    save(folder, model, optimizer)
+    save(folder, model, optimizer, full_state_dict=True, cpu_offload=True)
+    return {name: whole(p) for name, p in model.named_parameters()}, momenta(model, optimizer)
+
+
+def resharded_run(folder, make, ways):
+    """Loads both; returns parameters and momentum. Everything else is as in a new optimizer."""
+    results = []
+    for name in ways:
+        model, optimizer = make()
+        if name == "sharded":  # into one that has its own state
+            train(model, optimizer, 0, 2)
+        _, new = make()
+        for group in new.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        new.step()
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(folder, model, optimizer, planner, **WAYS[name])
+        assert sum("another number of shards" in str(warning.message) for warning in caught) == 1
+        assert optimizer.param_groups[0]["meta_lr"] == OPTIONS["meta_lr"]
+        for entry, fresh in zip(optimizer.state.values(), new.state.values(), strict=True):
+            assert entry.keys() == fresh.keys()
+            for key in entry.keys() - {"momentum"}:
+                assert_same(local_or_same(entry[key]), local_or_same(fresh[key]))
+        results.append(({name: whole(p) for name, p in model.named_parameters()}, momenta(model, optimizer)))
+        train(model, optimizer, 8, 10)
+        assert optimizer.skipped_steps == 0
+    return results
+
+
+def local_or_same(value):
+    return local(value) if isinstance(value, torch.Tensor) else value
+
+
+SHARDED, FULL = ("sharded",), ("full", "broadcast")
+
+
+@pytest.mark.parametrize(
+    ("worlds", "makers", "ways"),
+    [
+        ((4, 2), (fsdp_run, fsdp_run), SHARDED + FULL),
+        ((2, 4), (fsdp_run, fsdp_run), SHARDED + FULL),
+        # A full state that every rank reads cannot go from one process to shards: torch stops at the 0-dimensional
+        # numbers, which shards keep otherwise.
+        ((1, 2), (plain_run, one_group_run), (*SHARDED, "broadcast")),
+        ((2, 1), (one_group_run, plain_run), SHARDED + FULL),
+    ],
+    ids=["4 to 2", "2 to 4", "1 to 2", "2 to 1"],
+)
+def test_another_number_of_shards_keeps_the_momentum_and_renews_the_networks(tmp_path, worlds, makers, ways):
+    (expected, *_) = run(worlds[0], saved_run, tmp_path, makers[0])
+    for results in run(worlds[1], resharded_run, tmp_path, makers[1], ways):
+        for found in results:
+            assert_same(found, expected)
+
+
+def misfits(folder):
+    """A sharded optimizer refuses, before anything has changed, what it cannot go on from."""
+    model, optimizer = one_group_run()
+    train(model, optimizer, 0, 2)
+    before = everything(model, optimizer)
+    saved = optimizer.state_dict()
+    first = saved["state"][0]
+    theta = first["theta_in_2_shards"]
+    cases = {
+        "theta_in_2_shards must be a DTensor": {"theta_in_2_shards": local(theta)},
+        r"theta_in_2_shards has shape \(\d+,\)": {
+            "theta_in_2_shards": DTensor.from_local(local(theta).repeat(2), theta.device_mesh, theta.placements)
+        },
+        "theta missing": {"theta_in_2_shards": None},
+        "momentum is a plain tensor": {"momentum": whole(first["momentum"])},
+        "format 99": {"format": 99},
+    }
+    for message, changes in cases.items():
+        entry = {name: value for name, value in {**first, **changes}.items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict({**saved, "state": {**saved["state"], 0: entry}})
+        assert_same(*(pytree.tree_map(local_or_same, seen) for seen in (everything(model, optimizer), before)))
+    other = lodo.LODO(network(torch.float32).parameters())
+    with pytest.raises(ValueError, match="its parameter is a plain tensor"):
+        other.load_state_dict(saved)
+
+
+def test_a_state_that_does_not_fit_the_shards_is_refused(tmp_path):
+    run(2, misfits, tmp_path)
