@@ -1,6 +1,7 @@
 """The parameters of a param group as one flat vector: the R^n that a preconditioner acts on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from lodo.sharding import Sharding, check_sharding, is_dtensor, local, local_gradient
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Place = tuple[torch.device, Any]
+"""A device, and the ranks that parameters there are sharded over: None for none."""
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
@@ -38,6 +42,7 @@ class FlatParameters:
         tensors = self.tensors(params)
         self.size = sum(tensor.numel() for tensor in tensors)
         self.device = params[0].device
+        self.place: Place = (self.device, None if self.sharding is None else self.sharding.ranks)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import meta, state
-from lodo.flat import check_parameters
+from lodo.flat import Place, check_parameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, kept_dtype, name_of
 from lodo.scalars import Number, choose, energy, is_tensor
@@ -349,15 +349,18 @@ def _has_gradients(params: Iterable[Tensor]) -> bool:
 
 
 def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> list[tuple[Number, Number]]:
-    """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not."""
+    """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not.
+
+    Groups that are sharded differently do not: what ranks have in common must not hang on what only one of them sees.
+    """
     verdicts = [
         judge(energy(live.gradient), live.lr.get(), live.flat.dtype, _uses_moments(group))
         for group, live in zip(groups, states, strict=True)
     ]
-    on_device: dict[torch.device, Number] = {}
+    together: dict[Place, Number] = {}
     for live, (sound, _) in zip(states, verdicts, strict=True):
-        on_device[live.flat.device] = sound & on_device.get(live.flat.device, True)
-    return [(on_device[live.flat.device], idle) for live, (_, idle) in zip(states, verdicts, strict=True)]
+        together[live.flat.place] = sound & together.get(live.flat.place, True)
+    return [(together[live.flat.place], idle) for live, (_, idle) in zip(states, verdicts, strict=True)]
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -121,6 +121,11 @@ class Sharding:
         shards = math.prod(mesh.size(i) for i in dims)
         return Sharding(mesh, placements, shards, sum(_largest_part(p) for p in params))
 
+    @property
+    def ranks(self) -> "tuple[DeviceMesh, tuple[Placement, ...]]":
+        """What groups that are sharded over the same ranks have in common."""
+        return self.mesh, self.placements
+
     def key(self, name: str) -> str:
         """The key in `optimizer.state`. It tells the number of shards: a distributed checkpoint of another number
         then lacks the key, where the same one with another size would be an error that no option gets around."""

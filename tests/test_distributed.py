@@ -271,6 +271,33 @@ def test_groups_may_mix_what_is_sharded_over_the_same_ranks():
     assert torch.equal(first, second)
 
 
+def zero(steps):
+    """ZeroRedundancyOptimizer next to ordinary optimizers on the parameters that it gives to each rank."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns, which the tests' own process forbids
+
+    model = DistributedDataParallel(network())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=lodo.LODO, **OPTIONS)
+    twin = network()
+    numbers = {p: i for i, p in enumerate(model.parameters())}
+    originals, copies = list(model.parameters()), list(twin.parameters())
+    owned = [[numbers[p] for group in part for p in group["params"]] for part in optimizer._partition_parameters()]
+    twins = [lodo.LODO([copies[i] for i in part], **OPTIONS) for part in owned]
+    for step in range(steps):
+        train(model, optimizer, step, step + 1, own_share())
+        for p, original in zip(copies, originals, strict=True):
+            p.grad = original.grad.clone()
+        for other in twins:
+            other.step()
+    assert_same([p.detach() for p in originals], [p.detach() for p in copies])
+    assert optimizer.optim.preconditioners[0].size == sum(copies[i].numel() for i in owned[dist.get_rank()])
+    return [p.detach() for p in originals]
+
+
+def test_zero_redundancy_optimizer_gives_each_rank_a_network_for_its_parameters():
+    first, second = run(2, zero, 10)
+    assert_same(first, second)
+
+
 def sharded_nan():
     mesh = init_device_mesh("cpu", (2,))
     x = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
@@ -289,6 +316,29 @@ def sharded_nan():
 
 def test_a_nan_is_skipped_by_the_rank_that_has_it_in_its_shard():
     assert run(2, sharded_nan) == [(False, 0), (True, 1)]
+
+
+def nan_next_to_a_replica():
+    """As with tensor parallelism: one group is sharded, the other the same on both ranks."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, y = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])), nn.Parameter(torch.ones(3))
+    optimizer = lodo.LODO([{"params": [x]}, {"params": [y]}], **OPTIONS)
+    for _ in range(3):
+        x.grad, y.grad = x.detach().sin(), y.detach().sin()
+        if dist.get_rank() == 1:
+            local(x.grad)[0, 0] = float("nan")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    return local(x), y.detach()
+
+
+def test_a_nan_in_a_shard_does_not_move_replicas_of_another_group_apart():
+    (first, first_replica), (second, second_replica) = run(2, nan_next_to_a_replica)
+    assert torch.equal(first_replica, second_replica)
+    assert (first_replica < 1).all()
+    assert (first < 1).all()
+    assert torch.equal(second, torch.ones(2, 3))
 
 
 def clipped_nan():
