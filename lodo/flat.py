@@ -1,15 +1,22 @@
 """The parameters of a param group as one flat vector: the R^n that a preconditioner acts on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lodo.sharding import Sharding, check_sharding, is_dtensor, local, local_gradient
+
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Place = tuple[torch.device, Any]
+"""A device, and the ranks that parameters there are sharded over: None for none."""
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
-    """Refuses parameters that LODO cannot flatten: ValueError for sparse, complex or other dtypes and mixed devices."""
+    """Refuses parameters that LODO cannot flatten: ValueError for sparse, complex or other dtypes, mixed devices and
+    mixed sharding."""
     for p in params:
         if p.layout != torch.strided:
             raise ValueError(f"LODO does not support sparse parameters, got layout {p.layout}")
@@ -19,23 +26,39 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(f"the parameters of one group must be on one device, got {devices}; make one group per device")
+    check_sharding(params)
 
 
 class FlatParameters:
-    """Where each parameter of a group lies in the group's vector, and the copies to and from it."""
+    """Where each parameter of a group lies in the group's vector, and the copies to and from it.
+
+    Of parameters that are DTensors it takes this rank's parts.
+    """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         check_parameters(params)
-        self.size = sum(p.numel() for p in params)
+        self._has_dtensors = any(is_dtensor(p) for p in params)
+        self.sharding = Sharding.of(params)
+        tensors = self.tensors(params)
+        self.size = sum(tensor.numel() for tensor in tensors)
         self.device = params[0].device
+        self.place: Place = (self.device, None if self.sharding is None else self.sharding.ranks)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-        self._made_for = [(p.dtype, p.shape) for p in params]
+        self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
+
+    def tensors(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The parameters, or the parts of them that are on this rank."""
+        return [local(p) for p in params] if self._has_dtensors else params
+
+    def gradients(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of `tensors(params)`, None where there is none."""
+        return [local_gradient(p) for p in params] if self._has_dtensors else [p.grad for p in params]
 
     def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters are still what this was made for: number, dtypes, shapes, device."""
         return len(params) == len(self._made_for) and all(
             p.dtype == dtype and p.shape == shape and p.device == self.device
-            for p, (dtype, shape) in zip(params, self._made_for, strict=True)
+            for p, (dtype, shape) in zip(self.tensors(params), self._made_for, strict=True)
         )
 
     def new_vector(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import meta, state
-from lodo.flat import check_parameters
+from lodo.flat import Place, check_parameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, kept_dtype, name_of
 from lodo.scalars import Number, choose, energy, is_tensor
@@ -149,8 +149,8 @@ class LODO(Optimizer):
 
         Reading it waits for the device.
         """
-        counts = [self.state[group["params"][0]]["skipped"] for group in self.param_groups if self._has_state(group)]
-        return max((int(count) for count in counts), default=0)
+        entries = [state.entry_of(group, self.state) for group in self.param_groups if self._has_state(group)]
+        return max((int(entry["skipped"]) for entry in entries), default=0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -186,7 +186,7 @@ class LODO(Optimizer):
         groups = [group for group in self.param_groups if _has_gradients(group["params"])]
         states = [self._group_state(group) for group in groups]
         for group, live in zip(groups, states, strict=True):
-            live.flat.gather([p.grad for p in group["params"]], live.gradient_parts)
+            live.flat.gather(live.flat.gradients(group["params"]), live.gradient_parts)
             if group["maximize"]:
                 live.gradient.neg_()
             live.lr.set(group["lr"])
@@ -251,13 +251,14 @@ class LODO(Optimizer):
         )
         live.keep_momentum(momentum)
         live.last_lr.set(choose(active, lr, live.last_lr.get()))
-        params = group["params"]
+        params = live.flat.tensors(group["params"])
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
             live.flat.gather(params, live.gradient_parts)
             step.add_(live.gradient.mul_(lr * group["weight_decay"] * active))
-        moved = [(p, part) for p, part in zip(params, live.flat.views(step), strict=True) if p.grad is not None]
-        torch._foreach_sub_([p for p, _ in moved], [part for _, part in moved])
+        parts = zip(group["params"], params, live.flat.views(step), strict=True)
+        moved = [(tensor, part) for p, tensor, part in parts if p.grad is not None]
+        torch._foreach_sub_([tensor for tensor, _ in moved], [part for _, part in moved])
         live.has_stepped = True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -273,6 +274,15 @@ class LODO(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             last.remove()
+        renewed = [group for group in self.param_groups if self._has_state(group) and state.is_bare(group, self.state)]
+        for group in renewed:
+            self._group_state(group)
+        if renewed:
+            warnings.warn(
+                "LODO loaded a state that was saved with another number of shards. Momentum and options go on; the "
+                "networks, which belong to shards, do not fit any more and start anew.",
+                stacklevel=2,
+            )
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)
@@ -286,7 +296,7 @@ class LODO(Optimizer):
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         params = group["params"]
-        return len(params) > 0 and params[0] in self.state and "theta" in self.state[params[0]]
+        return len(params) > 0 and params[0] in self.state and "format" in self.state[params[0]]
 
     def _is_live(self, group: dict[str, Any]) -> bool:
         """Whether a step was taken on the group's state as it is, so that the next one has nothing to prepare."""
@@ -305,7 +315,7 @@ class LODO(Optimizer):
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
         if not _has_its_moments(group, live):
             live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
-        live.publish(self.state, group["params"])
+        live.publish(self.state, group)
         self._live[group["params"][0]] = live
         return live
 
@@ -320,7 +330,7 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
     for saved in state_dict["param_groups"]:
         check_options({**optimizer.defaults, **saved})
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
-    return {**state_dict, "state": state.wrap(state_dict["state"], ids)}
+    return {**state_dict, "state": state.wrap(state.without_misfits(state_dict, groups), ids)}
 
 
 def _uses_moments(group: dict[str, Any]) -> bool:
@@ -343,15 +353,18 @@ def _has_gradients(params: Iterable[Tensor]) -> bool:
 
 
 def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> list[tuple[Number, Number]]:
-    """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not."""
+    """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not.
+
+    Groups that are sharded differently do not: what ranks have in common must not hang on what only one of them sees.
+    """
     verdicts = [
         judge(energy(live.gradient), live.lr.get(), live.flat.dtype, _uses_moments(group))
         for group, live in zip(groups, states, strict=True)
     ]
-    on_device: dict[torch.device, Number] = {}
+    together: dict[Place, Number] = {}
     for live, (sound, _) in zip(states, verdicts, strict=True):
-        on_device[live.flat.device] = sound & on_device.get(live.flat.device, True)
-    return [(on_device[live.flat.device], idle) for live, (_, idle) in zip(states, verdicts, strict=True)]
+        together[live.flat.place] = sound & together.get(live.flat.place, True)
+    return [(together[live.flat.place], idle) for live, (_, idle) in zip(states, verdicts, strict=True)]
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -8,9 +8,15 @@ and the momentum may be bfloat16 instead.
 
 torch's `Optimizer.load_state_dict` casts state to the dtype of the parameter, which would round a float32 network to
 bfloat16 and ruin indices. Saved tensors therefore travel through it inside `AsSaved`, which it does not look into.
+
+On several ranks: the momentum of a parameter that is a DTensor is a DTensor like it, and is resharded with it by
+torch.distributed.checkpoint. If the parameters are sharded, each shard has its own network, and all that is kept for
+the group lies there under keys such as "theta_in_4_shards", as DTensors that are made of the ranks' own tensors (see
+`lodo.sharding`); "shards" is their number and "format" is 3. A state from another number of shards (a plain one counts
+as one) is loaded without its networks, which start anew.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,18 +27,21 @@ from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import kept_dtype
 from lodo.scalars import Cell
+from lodo.sharding import Sharding, check_saved_like, local, shown_as
 
 FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
-READABLE = (1, 2)
+SHARDED_FORMAT = 3
+READABLE = (1, 2, 3)
 GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
+COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
 
 State = dict[Any, dict[str, Any]]
 
 
 @dataclass
 class GroupState:
-    """The live state of one param group. Its tensors are the ones in `optimizer.state`."""
+    """The live state of one param group. Its tensors are those in `optimizer.state`, or this rank's parts of them."""
 
     flat: FlatParameters
     preconditioner: Preconditioner
@@ -48,6 +57,11 @@ class GroupState:
     gradient_parts: list[Tensor] = field(init=False)
     lr: Cell = field(init=False)
     has_stepped: bool = field(init=False, default=False)  # so that all that kernels prepare is there
+    # What stands in `optimizer.state`: the tensors for the whole group, and each parameter's momentum.
+    kept: dict[str, Tensor] = field(init=False, default_factory=dict)
+    kept_momentum: list[Tensor] = field(init=False, default_factory=list)
+    # The DTensors among them, with the tensors of this rank that they are made of.
+    _shown: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()
@@ -90,13 +104,15 @@ class GroupState:
         entry = state[params[0]]
         if self.momentum.dtype != kept_dtype(group["momentum_dtype"], self.flat.dtype):
             return False
-        if not self.flat.fits(params) or any(entry.get(name) is not value for name, value in self.shared().items()):
+        if not self.flat.fits(params) or any(entry.get(name) is not value for name, value in self.kept.items()):
             return False
         first = self.momentum.data_ptr()
         return all(
-            state[p].get("momentum") is part and part.data_ptr() - first == offset
-            for p, part, offset in zip(params, self.momentum_parts, self._offsets, strict=True)
-        )
+            state[p].get("momentum") is kept and part.data_ptr() - first == offset
+            for p, kept, part, offset in zip(
+                params, self.kept_momentum, self.momentum_parts, self._offsets, strict=True
+            )
+        ) and all(local(kept).data_ptr() == own.data_ptr() for kept, own in self._shown)
 
     def shared(self) -> dict[str, Tensor]:
         """The tensors that lie in the state of the group's first parameter, by name."""
@@ -113,20 +129,72 @@ class GroupState:
             tensors.update(zip(MOMENT_KEYS, self.moments, strict=True))
         return tensors
 
-    def publish(self, state: State, params: list[Tensor]) -> None:
-        """Puts the tensors into `optimizer.state`."""
-        for p, part in zip(params, self.momentum_parts, strict=True):
-            state[p]["momentum"] = part
-        state[params[0]].update(self.shared(), format=FORMAT)
+    def publish(self, state: State, group: dict[str, Any]) -> None:
+        """Puts the tensors into `optimizer.state`, those of shards as DTensors."""
+        params, sharding = group["params"], self.flat.sharding
+        self.kept_momentum = [shown_as(p, part) for p, part in zip(params, self.momentum_parts, strict=True)]
+        for p, kept in zip(params, self.kept_momentum, strict=True):
+            state[p]["momentum"] = kept
+        entry = state[params[0]]
+        if sharding is None:
+            self.kept = self.shared()
+            entry.update(self.kept, format=FORMAT)
+        else:
+            self.kept = sharding.spread(self.shared(), shapes(sharding.largest, group))
+            self._work_on(sharding.opened(self.kept, shapes(self.flat.size, group)))
+            # A one-dimensional tensor: torch cannot load a number that is not in the state it loads into.
+            shards = torch.tensor([sharding.shards], device=self.flat.device)
+            entry.update(self.kept, format=SHARDED_FORMAT, shards=shards)
+        own = [*self.shared().values(), *self.momentum_parts]
+        pairs = zip([*self.kept.values(), *self.kept_momentum], own, strict=True)
+        self._shown = [(kept, tensor) for kept, tensor in pairs if kept is not tensor]
+
+    def _work_on(self, tensors: dict[str, Tensor]) -> None:
+        """Makes these, by the names that `shared` gives, the tensors of the group."""
+        self.preconditioner.theta = tensors["theta"]
+        self.preconditioner.permutations_stored = tensors.get("permutations")
+        if self.moments is not None:
+            self.moments = (tensors[MOMENT_KEYS[0]], tensors[MOMENT_KEYS[1]])
+        self.meta_step, self.last_lr, self.skipped, self.steps = (Cell(tensors[name]) for name in COUNT_KEYS)
+
+
+def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all that a group of `size` parameters may keep, by name."""
+    kind = BY_NAME[group["preconditioner"]]
+    theta, permutations = kind.theta_shape(size, group), kind.permutations_shape(size, group)
+    indices = {} if permutations is None else {"permutations": permutations}
+    return {"theta": theta, **dict.fromkeys(MOMENT_KEYS, theta), **dict.fromkeys(COUNT_KEYS, ()), **indices}
+
+
+def entry_of(group: dict[str, Any], state: State) -> dict[str, Any]:
+    """What is kept for a whole group, under the names that `GroupState.shared` gives; of a sharded one this rank's."""
+    params = group["params"]
+    sharding = Sharding.of(params)
+    entry = state[params[0]]
+    return entry if sharding is None else sharding.opened(entry, shapes(_local_size(params), group))
+
+
+def is_bare(group: dict[str, Any], state: State) -> bool:
+    """Whether `without_misfits` has left out the group's network."""
+    return "theta" not in entry_of(group, state)
+
+
+def _local_size(params: list[Tensor]) -> int:
+    return sum(local(p).numel() for p in params)
 
 
 def start(group: dict[str, Any], learned: Preconditioner | None = None) -> GroupState:
     """Fresh state for a group: its options' initial preconditioner, or a copy of a learned one.
 
     Raises:
-        ValueError: if the learned one acts on another number of parameters.
+        ValueError: if the learned one acts on another number of parameters, or if these are sharded.
     """
     flat = FlatParameters(group["params"])
+    if learned is not None and flat.sharding is not None:
+        raise ValueError(
+            f"preconditioner must be one of {', '.join(map(repr, BY_NAME))} for sharded parameters, got {learned!r}; "
+            "load a state dict to go on from learned networks"
+        )
     if learned is None:
         preconditioner = BY_NAME[group["preconditioner"]].start(flat.size, group, flat.dtype, flat.device)
     elif learned.size == flat.size:
@@ -144,7 +212,8 @@ def start(group: dict[str, Any], learned: Preconditioner | None = None) -> Group
 def bind(group: dict[str, Any], state: State) -> GroupState:
     """Live state over what `state` holds for a group, moved and cast where the parameters have been.
 
-    A change between float32 and float64 parameters converts network and momentum accordingly.
+    A change between float32 and float64 parameters converts network and momentum accordingly. If there is no network,
+    because the saved one did not fit, a new one starts.
 
     Raises:
         RuntimeError: if the group has other parameters than its state was made for.
@@ -156,10 +225,12 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
             "use add_param_group for new ones"
         )
     flat = FlatParameters(params)
-    entry = state[params[0]]
     momentum = flat.new_vector(kept_dtype(group["momentum_dtype"], flat.dtype))
     parts = flat.views(momentum)
-    flat.gather([state[p]["momentum"] for p in params], parts)
+    flat.gather([local(state[p]["momentum"]) for p in params], parts)
+    entry = entry_of(group, state)
+    if "theta" not in entry:
+        return replace(start(group), momentum=momentum, momentum_parts=parts)
 
     def here(name: str, dtype: torch.dtype | None = None) -> Any:
         value = entry.get(name)
@@ -171,7 +242,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
     moments = None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0], wanted), here(MOMENT_KEYS[1], wanted))
     if "steps" not in entry:  # format 1
         entry["steps"] = torch.zeros_like(entry["skipped"])
-    cells = [Cell(here(name)) for name in ("meta_step", "last_lr", "skipped", "steps")]
+    cells = [Cell(here(name)) for name in COUNT_KEYS]
     return GroupState(flat, preconditioner, moments, momentum, parts, *cells)
 
 
@@ -222,18 +293,43 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             _check_group(f"param group {index}", entries, {**group, **saved_group, "params": group["params"]})
 
 
+def without_misfits(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
+    """The saved state, without the networks that were learned for another number of shards."""
+    found = dict(saved["state"])
+    for saved_group, group in zip(saved["param_groups"], groups, strict=True):
+        entry = found.get(saved_group["params"][0]) if saved_group["params"] else None
+        if entry and _is_misfit(entry, Sharding.of(group["params"])):
+            found[saved_group["params"][0]] = {name: entry[name] for name in ("momentum", "format")}
+    return found
+
+
+def _is_misfit(entry: dict[str, Any], sharding: Sharding | None) -> bool:
+    # "shards" alone does not tell: what a distributed checkpoint lacks is left as it was in the state loaded into.
+    found = 1 if entry.get("format") != SHARDED_FORMAT else int(entry["shards"]) if "shards" in entry else 0
+    return found != (1 if sharding is None else sharding.shards)
+
+
 def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
     first, params = entries[0], group["params"]
-    if missing := [name for name in GROUP_KEYS if name not in first]:
+    sharding, size = Sharding.of(params), _local_size(params)
+    is_misfit = "format" in first and _is_misfit(first, sharding)
+    if sharding is not None and not is_misfit:
+        sharding.check_saved(where, first, shapes(sharding.largest, group))
+        formats = {"format": first["format"]} if "format" in first else {}
+        first = {**sharding.opened(first, shapes(size, group)), **formats}
+    if missing := [name for name in (("format",) if is_misfit else GROUP_KEYS) if name not in first]:
         raise ValueError(f"{where}: not a state of LODO, or an incomplete one: {', '.join(missing)} missing")
     if first["format"] not in READABLE:
         raise ValueError(
-            f"{where}: the state has format {first['format']!r}, this version of lodo reads formats 1 to {FORMAT}; "
-            "load it with the version of lodo that wrote it"
+            f"{where}: the state has format {first['format']!r}, this version of lodo reads formats 1 to "
+            f"{READABLE[-1]}; load it with the version of lodo that wrote it"
         )
     for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
-        _check_tensor(f"{where}, parameter {number}: momentum", entry.get("momentum"), tuple(p.shape))
-    size = sum(p.numel() for p in params)
+        what = f"{where}, parameter {number}: momentum"
+        _check_tensor(what, entry.get("momentum"), tuple(p.shape))
+        check_saved_like(what, entry["momentum"], p)
+    if is_misfit:
+        return
     shape = BY_NAME[group["preconditioner"]].theta_shape(size, group)
     _check_tensor(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape)
     if any(name in first for name in MOMENT_KEYS):

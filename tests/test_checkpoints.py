@@ -200,7 +200,7 @@ REFUSED = [
     (
         "another format",
         lambda: edit(trained_state(), format=99),
-        "format 99, this version of lodo reads formats 1 to 2",
+        "format 99, this version of lodo reads formats 1 to 3",
     ),
     ("another block size", lambda: trained_state("shuffle"), r"theta \(set by depth, block_size and expansion\)"),
     ("no momentum", lambda: edit(trained_state(), momentum=None), "momentum must be a tensor"),

@@ -1,0 +1,201 @@
+"""Parameters that are DTensors, as FSDP2 and HSDP make them: a rank has a network for its own shards, and nothing is
+communicated.
+
+Every rank of the mesh works on the local tensors of its parameters. Its network, and whatever else it keeps for a
+group, is shown in `optimizer.state` as a one-dimensional DTensor that is sharded like the parameters: a rank's part is
+its own tensor, flattened and padded with zeros to the size that the rank with most parameters needs. So torch's
+distributed checkpoints save and gather every rank's, and replicas (of HSDP) count as such.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def is_dtensor(value: Any) -> "TypeGuard[DTensor]":
+    """Whether a value is a DTensor, without loading the module: where nobody has loaded it there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, in the same memory; another tensor as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def local_gradient(p: Tensor) -> Tensor | None:
+    """The gradient of this rank's part of `p`. One that is still to be summed over ranks, as tensor parallelism may
+    leave it, is summed here."""
+    if is_dtensor(p) and is_dtensor(p.grad) and p.grad.placements != p.placements:
+        return local(p.grad.redistribute(placements=p.placements))
+    return None if p.grad is None else local(p.grad)
+
+
+def shown_as(p: Tensor, part: Tensor) -> Tensor:
+    """A tensor for this rank's part of `p` as the DTensor, or the plain tensor, that `p` is; in the same memory."""
+    if not is_dtensor(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    # copy.deepcopy fails on a DTensor whose local tensor starts in mid-storage; through DLPack it gets its own storage.
+    whole = from_dlpack(part)
+    return DTensor.from_local(whole, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+
+def check_sharding(params: Sequence[Tensor]) -> None:
+    """Refuses DTensors whose replicas would drift apart, or whose state could not be shown.
+
+    Raises:
+        ValueError: for parameters that are not all sharded over the same ranks, for pending sums, and for shards that
+            are not on their mesh's kind of device.
+    """
+    if not any(is_dtensor(p) for p in params):
+        return
+    for p in params:
+        if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
+            raise ValueError(f"LODO does not support parameters with pending sums, got placements {p.placements}")
+        if is_dtensor(p) and local(p).device.type not in (p.device_mesh.device_type, "meta"):
+            raise ValueError(
+                f"the shards of a parameter must be on the device of its mesh, {p.device_mesh.device_type!r}, got "
+                f"{local(p).device.type!r}; LODO does not support FSDP's offloading"
+            )
+    spreads = [_spread(p) for p in params]
+    if any(spread != spreads[0] for spread in spreads):
+        found = sorted({str(p.placements) if is_dtensor(p) else "a plain tensor" for p in params})
+        raise ValueError(
+            "the parameters of one group must be sharded over the same ranks, or the network of each rank would move a "
+            f"replicated one differently; got {', '.join(found)}; make one group for each"
+        )
+
+
+def _spread(p: Tensor) -> "tuple[DeviceMesh, tuple[int, ...]] | None":
+    """Over which dimensions of which mesh a parameter is sharded; None if over none."""
+    if not is_dtensor(p):
+        return None
+    mesh = p.device_mesh
+    dims = tuple(i for i, at in enumerate(p.placements) if not at.is_replicate() and mesh.size(i) > 1)
+    return (mesh, dims) if dims else None
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the parameters of a group are spread over ranks, and how a rank's tensors are kept in `optimizer.state`.
+
+    Attributes:
+        mesh: of the parameters.
+        placements: one-dimensional, of the tensors in `optimizer.state`: sharded over the same dimensions of the mesh.
+        shards: how many different shards, and so networks, there are.
+        largest: upper bound on the number of parameters in one shard; all ranks know the same.
+    """
+
+    mesh: "DeviceMesh"
+    placements: "tuple[Placement, ...]"
+    shards: int
+    largest: int
+
+    @staticmethod
+    def of(params: Sequence[Tensor]) -> "Sharding | None":
+        """The sharding of a group that `check_sharding` accepts; None if every rank has all of it."""
+        spread = _spread(params[0]) if params else None
+        if spread is None:
+            return None
+        from torch.distributed.tensor import Replicate, Shard
+
+        mesh, dims = spread
+        placements = tuple(Shard(0) if i in dims else Replicate() for i in range(mesh.ndim))
+        shards = math.prod(mesh.size(i) for i in dims)
+        return Sharding(mesh, placements, shards, sum(_largest_part(p) for p in params))
+
+    @property
+    def ranks(self) -> "tuple[DeviceMesh, tuple[Placement, ...]]":
+        """What groups that are sharded over the same ranks have in common."""
+        return self.mesh, self.placements
+
+    def key(self, name: str) -> str:
+        """The key in `optimizer.state`. It tells the number of shards: a distributed checkpoint of another number
+        then lacks the key, where the same one with another size would be an error that no option gets around."""
+        return f"{name}_in_{self.shards}_shards"
+
+    def spread(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+        """Copies of this rank's tensors as they are kept, by key; `shapes` are those for the largest shard."""
+        from torch.distributed.tensor import DTensor
+
+        kept: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            padded = tensor.new_zeros(math.prod(shapes[name]))
+            padded[: tensor.numel()] = tensor.reshape(-1)
+            kept[self.key(name)] = DTensor.from_local(padded, self.mesh, self.placements)
+        return kept
+
+    def opened(self, entry: Mapping[str, Any], shapes: Shapes) -> dict[str, Tensor]:
+        """This rank's tensors out of what is kept, by name, in the same memory and in their own `shapes`."""
+        kept = {name: entry[self.key(name)] for name in shapes if self.key(name) in entry}
+        return {name: local(value)[: math.prod(shapes[name])].view(shapes[name]) for name, value in kept.items()}
+
+    def check_saved(self, where: str, entry: Mapping[str, Any], shapes: Shapes) -> None:
+        """Refuses what `opened` could not open; `shapes` are those for the largest shard.
+
+        Raises:
+            ValueError: for tensors that are not DTensors of this mesh, placement and size.
+        """
+        for name, shape in shapes.items():
+            value, size = entry.get(self.key(name)), self.shards * math.prod(shape)
+            if value is None:
+                continue
+            if not is_dtensor(value) or value.device_mesh != self.mesh or value.placements != self.placements:
+                raise ValueError(
+                    f"{where}: {self.key(name)} must be a DTensor with placements {self.placements} on the mesh of "
+                    f"the parameters, got {_described(value)} in the saved state"
+                )
+            if value.shape != (size,):
+                raise ValueError(
+                    f"{where}: {self.key(name)} has shape {tuple(value.shape)} in the saved state, this optimizer "
+                    f"expects {(size,)} (set by the preconditioner's options)"
+                )
+
+
+def _largest_part(p: Tensor) -> int:
+    """The number of elements in the largest of a parameter's shards."""
+    assert is_dtensor(p)
+    shape = list(p.shape)
+    for i, placement in enumerate(p.placements):
+        if not placement.is_replicate():
+            dim: int = placement.dim  # type: ignore[attr-defined]
+            shape[dim] = -(-shape[dim] // p.device_mesh.size(i))
+    return math.prod(shape)
+
+
+def check_saved_like(what: str, value: Any, p: Tensor) -> None:
+    """Refuses a saved tensor that is not spread over the ranks as its parameter is.
+
+    Raises:
+        ValueError: naming what was saved and what is expected.
+    """
+    if is_dtensor(p) != is_dtensor(value) or (
+        is_dtensor(p) and (value.device_mesh, value.placements) != (p.device_mesh, p.placements)
+    ):
+        raise ValueError(
+            f"{what} is {_described(value)} in the saved state, its parameter is {_described(p)}; "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict converts one to the other"
+        )
+
+
+def _described(value: Any) -> str:
+    if is_dtensor(value):
+        return f"a DTensor with placements {value.placements} on {value.device_mesh}"
+    return "a plain tensor" if isinstance(value, Tensor) else repr(value)
