@@ -23,13 +23,12 @@ from unittest import mock
 import torch
 
 from benchmarks import report
-from benchmarks.measuring import CopyProbe, left_out, time_calls
+from benchmarks.measuring import PASSES_PER_COPY, CopyProbe, left_out, time_calls
 from lodo import meta
 from lodo.kernels import gpu
 
 SECTOR = 32
 SIZE, TINY = 11_173_962, 60  # ResNet-18
-COPY_BYTES_PER_PASS = 2  # a copy reads and writes
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,9 @@ def measured(case: Case, size: int, device: torch.device, rounds: int, probe: Co
         for _ in range(rounds):
             for name, call, traffic in passes:
                 ms = median(time_calls(call, calls, device.type))
-                # `limits` is the time of so many passes over the probe's array, at copy bandwidth.
                 numbers = probe.source.numel()
-                copy_ms = median(probe.limits(numbers, COPY_BYTES_PER_PASS))
-                bandwidth = 2 * numbers * probe.source.itemsize / copy_ms
+                copy_ms = median(probe.limits(numbers, PASSES_PER_COPY))
+                bandwidth = PASSES_PER_COPY * numbers * probe.source.itemsize / copy_ms
                 times[name].append(ms)
                 fractions[name].append(traffic.needed / ms / bandwidth)
     for name, _, traffic in passes:
