@@ -1,8 +1,8 @@
 """LODO: a PyTorch optimizer that learns its inverse Hessian while it optimizes."""
 
-from lodo.diagnostics import hessian_error
+from lodo.diagnostics import hessian_error, spectrum
 from lodo.optimizer import LODO
 from lodo.preconditioners import BlockPermutation, Diagonal, Residual, Scalar
 
-__all__ = ["LODO", "BlockPermutation", "Diagonal", "Residual", "Scalar", "hessian_error"]
+__all__ = ["LODO", "BlockPermutation", "Diagonal", "Residual", "Scalar", "hessian_error", "spectrum"]
 __version__ = "0.1.0"

@@ -1,11 +1,19 @@
-"""Figures about a learned preconditioner."""
+"""Figures about a learned preconditioner, and about an optimizer at work. Nothing here runs unless it is asked for."""
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lodo.preconditioners import Preconditioner
+from lodo import meta
+from lodo.preconditioners import BlockPermutation, Preconditioner
+from lodo.preconditioners.singular_values import extremes
+from lodo.scalars import norm
+from lodo.state import GroupState
 
 
 def hessian_error(
@@ -41,3 +49,134 @@ def hessian_error(
         residual = v - lr * preconditioner.matvec(hvp(v).detach())
         total += float(torch.dot(residual, residual))
     return (total / samples) ** 0.5
+
+
+def spectrum(
+    preconditioner: Preconditioner, *, probes: int = 4, iterations: int = 16, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """An estimate of the distribution of the eigenvalues of the operator (the optimizer's G is lr times it).
+
+    Stochastic Lanczos quadrature: from each of `probes` random sign vectors, `iterations` products with the operator.
+    The mean of f over the eigenvalues is about `(weights * f(eigenvalues)).sum()`; exactly so for the identity, and for
+    every operator once `iterations` reaches n, up to the choice of the probes. The smallest and the largest of the
+    returned values lie inside the true spectrum and are close to its ends after a few iterations.
+
+    Args:
+        preconditioner: acts on R^n.
+        probes, iterations: at least 1; the cost is probes * iterations products and an (iterations, n) workspace.
+        seed: of the probes. torch's global generators are left alone.
+
+    Returns:
+        eigenvalues, ascending, and their weights, which sum to 1: float64, on the CPU, of equal length, at most
+        probes * iterations.
+
+    Raises:
+        ValueError: if `probes` or `iterations` is less than 1.
+    """
+    for name, value in (("probes", probes), ("iterations", iterations)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(probes):
+        signs = torch.randint(0, 2, (preconditioner.size,), generator=generator, dtype=torch.int8) * 2 - 1
+        found.append(_lanczos(preconditioner, signs.to(preconditioner.theta), iterations))
+    eigenvalues = torch.cat([values for values, _ in found])
+    weights = torch.cat([weights for _, weights in found]) / probes
+    order = eigenvalues.argsort()
+    return eigenvalues[order], weights[order]
+
+
+def _lanczos(operator: Preconditioner, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of the tridiagonal matrix that Lanczos' method makes, and the squares of the first components of
+    its eigenvectors (Golub and Welsch): nodes and weights of the Gauss quadrature for `start`."""
+    basis = start.new_empty(min(iterations, operator.size), operator.size)
+    basis[0] = start / torch.linalg.vector_norm(start)
+    diagonal: list[float] = []
+    offdiagonal: list[float] = []
+    for i, q in enumerate(basis):
+        w = operator.apply(q)
+        diagonal.append(float(torch.dot(w, q)))
+        for _ in range(2):  # against all earlier ones, twice: rounding would bring copies of eigenvalues back
+            w -= basis[: i + 1].T @ (basis[: i + 1] @ w)
+        length = float(torch.linalg.vector_norm(w))
+        scale = max(map(abs, diagonal))
+        if i + 1 == len(basis) or not length > 100 * torch.finfo(w.dtype).eps * scale:
+            break  # an invariant subspace: the quadrature is exact
+        offdiagonal.append(length)
+        basis[i + 1] = w / length
+    between = torch.tensor(offdiagonal, dtype=torch.float64)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(between, 1) + torch.diag(between, -1)
+    if not matrix.isfinite().all():
+        return torch.full((1,), math.nan, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors[0].square()
+
+
+def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: int) -> dict[str, float]:
+    """The figures of `LODO.diagnostics` for one param group."""
+    network, flat = live.preconditioner, live.flat
+    lr, last_lr = float(group["lr"]), float(live.last_lr.get())
+    m, g, x = live.momentum.to(flat.dtype), flat.new_vector(), flat.new_vector()
+    flat.gather(flat.tensors(group["params"]), flat.views(x))
+    seconds: dict[str, float] = {}
+    with _timed("seconds_gather", seconds, flat.device):
+        flat.gather(flat.gradients(group["params"]), flat.views(g))
+    if group["maximize"]:
+        g.neg_()
+    with _timed("seconds_apply", seconds, flat.device):
+        step = network.apply(m).mul_(last_lr)
+    eigenvalues, weights = spectrum(network, probes=probes, iterations=iterations)
+    result = {
+        "steps": float(live.steps.get()),
+        "skipped_steps": float(live.skipped.get()),
+        "lr": lr,
+        "step_norm": float(norm(step)),
+        "relative_step_norm": _ratio(norm(step), norm(x)),
+        "gradient_norm": float(norm(g)),
+        "step_gradient_cosine": _cosine(step, g),
+        "eigenvalue_min": lr * float(eigenvalues[0]),
+        "eigenvalue_max": lr * float(eigenvalues[-1]),
+        "trace": lr * flat.size * float((weights * eigenvalues).sum()),
+    }
+    if isinstance(network, BlockPermutation):
+        result["singular_value_min"], result["singular_value_max"] = extremes(network.theta)
+    if group["meta_lr"] > 0:
+        h = _hypergradient(network, g, m, last_lr, seconds)
+        result["hypergradient_norm"] = float(norm(h.flatten()))
+    return {**result, **seconds}
+
+
+def _hypergradient(network: Preconditioner, g: Tensor, m: Tensor, lr: float, seconds: dict[str, float]) -> Tensor:
+    """h = -d/dtheta <g, G(theta) m>, of theta's shape, by the kernels that learn from it: with these rates the inner
+    Adam moves nothing, and its first moment becomes h. On a copy, for an h that overflows would still ruin theta."""
+    twin = type(network).wrap(network.theta.clone(), network.permutations_stored, network.size)
+    moments = meta.start_moments(twin.theta)
+    rates = meta.Rates(step_size=0.0, forget1=1.0, keep2=1.0, forget2=0.0, count=1)
+    twin.learn_(g, m, lr, moments, rates)  # makes the memory that kernels keep between calls
+    with _timed("seconds_learn", seconds, g.device):
+        twin.learn_(g, m, lr, moments, rates)
+    return moments[0]
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float], device: torch.device) -> Iterator[None]:
+    _synchronize(device)
+    begin = time.perf_counter()
+    yield
+    _synchronize(device)
+    seconds[name] = time.perf_counter() - begin
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _ratio(numerator: Any, denominator: Any) -> float:
+    return float(numerator) / float(denominator) if denominator > 0 else math.nan
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    value = _ratio(torch.dot(a, b), norm(a) * norm(b))
+    return value if math.isnan(value) else max(-1.0, min(value, 1.0))  # rounding may lead out of [-1, 1]

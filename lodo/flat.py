@@ -74,7 +74,8 @@ class FlatParameters:
     def gather(tensors: Sequence[Tensor | None], views: Sequence[Tensor]) -> None:
         """Copies tensors into the parts of a vector; where there is none the part becomes zero."""
         given = [(view, tensor) for view, tensor in zip(views, tensors, strict=True) if tensor is not None]
-        torch._foreach_copy_([view for view, _ in given], [tensor for _, tensor in given])
+        if given:
+            torch._foreach_copy_([view for view, _ in given], [tensor for _, tensor in given])
         for view, tensor in zip(views, tensors, strict=True):
             if tensor is None:
                 view.zero_()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from lodo import meta, state
+from lodo import diagnostics, meta, state
 from lodo.flat import Place, check_parameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, kept_dtype, name_of
 from lodo.scalars import Number, choose, energy, is_tensor
-from lodo.step import judge, lodo_step
+from lodo.step import judge, lodo_step, shorten_
 
 
 class LODO(Optimizer):
@@ -46,6 +46,12 @@ class LODO(Optimizer):
         meta_state_dtype: of the inner Adam's moments: None for the network's own, or "bfloat16" (torch.bfloat16
             is taken too), with stochastic rounding: half the memory of the moments.
         momentum_dtype: the same for the momentum.
+        max_step_norm: the longest step, relative to the parameters: a step longer than max_step_norm * |x| over its
+            param group (or than if x had a root mean square of 1e-3) is shortened to that. To the hypergradient it is a
+            step of a smaller lr. Weight decay comes on top.
+        max_condition: K >= 1, the largest condition number of G: every inner step is followed by the projection of the
+            blocks to singular values in [1 / r, r], r = K ** (1 / (4 * depth)), so that the eigenvalues of G / lr stay
+            in [K ** -0.5, K ** 0.5]. Not for "residual". On CUDA it makes the host wait.
         maximize: ascend instead of descend.
         capturable: allow `step` to be captured in a CUDA graph, after at least one step outside; see `step`.
         seed: of the initial network; gives the same numbers on every device.
@@ -76,6 +82,8 @@ class LODO(Optimizer):
         meta_every: int = 1,
         meta_state_dtype: str | torch.dtype | None = None,
         momentum_dtype: str | torch.dtype | None = None,
+        max_step_norm: float | None = None,
+        max_condition: float | None = None,
         maximize: bool = False,
         capturable: bool = False,
         seed: int = 0,
@@ -94,6 +102,8 @@ class LODO(Optimizer):
             "meta_every": meta_every,
             "meta_state_dtype": name_of(meta_state_dtype),
             "momentum_dtype": name_of(momentum_dtype),
+            "max_step_norm": max_step_norm,
+            "max_condition": max_condition,
             "maximize": maximize,
             "capturable": capturable,
             "seed": seed,
@@ -122,8 +132,8 @@ class LODO(Optimizer):
                 param_group = {**param_group, **learned.options}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "meta_lr", "beta", "weight_decay", "expansion"):
-            if not isinstance(group[name], Tensor | int):
+        for name in ("lr", "meta_lr", "beta", "weight_decay", "expansion", "max_step_norm", "max_condition"):
+            if not isinstance(group[name], Tensor | int | None):
                 group[name] = float(group[name])  # NumPy's numbers would not pass torch.load(weights_only=True)
         try:
             check_parameters(group["params"])
@@ -151,6 +161,34 @@ class LODO(Optimizer):
         """
         entries = [state.entry_of(group, self.state) for group in self.param_groups if self._has_state(group)]
         return max((int(entry["skipped"]) for entry in entries), default=0)
+
+    @torch.no_grad()
+    def diagnostics(self, *, probes: int = 2, iterations: int = 8) -> list[dict[str, float]]:
+        """Figures about the last step and about G, plain numbers for a log: a dict for each param group, empty before
+        its first step.
+
+        Asking costs some ten steps' time and, for a moment, as much memory as theta and its moments; not asking costs
+        nothing. On accelerators it waits for the device. Training goes on as if nobody had asked.
+
+        - "steps" taken, "skipped_steps", "lr".
+        - "step_norm": |G m| of the last step; "relative_step_norm": the same over the norm of the parameters.
+        - "gradient_norm": of what is in `.grad`. After `backward` and before `step` that is the gradient where the last
+          step landed, by which LODO judges that step; after `step` it is the one where the step began.
+        - "step_gradient_cosine": between the last step, as it is subtracted, and that gradient: its agreement with the
+          direction of steepest descent. NaN where one is zero.
+        - "hypergradient_norm": of -d/dtheta <g, G m>, that gradient being g, the next inner step's if asked before
+          `step`. Not for frozen groups.
+        - "eigenvalue_min", "eigenvalue_max", "trace" of G: estimated from `probes` times `iterations` products with G,
+          see `lodo.spectrum`. The two lie inside the spectrum.
+        - "singular_value_min", "singular_value_max" of all blocks ("block_permutation" only).
+        - "seconds_gather", "seconds_learn", "seconds_apply": the parts of a step, as measured during this call.
+
+        On several ranks the figures of sharded groups are of this rank's shard.
+        """
+        return [
+            diagnostics.figures(group, self._group_state(group), probes, iterations) if self._has_state(group) else {}
+            for group in self.param_groups
+        ]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -248,17 +286,28 @@ class LODO(Optimizer):
             beta=group["beta"],
             meta_lr=group["meta_lr"],
             meta_optimizer=group["meta_optimizer"],
+            max_condition=group["max_condition"],
         )
         live.keep_momentum(momentum)
-        live.last_lr.set(choose(active, lr, live.last_lr.get()))
         params = live.flat.tensors(group["params"])
+        parts = live.flat.views(step)
+        moves = [p.grad is not None for p in group["params"]]
+        made_lr = lr
+        if group["max_step_norm"] is not None or group["weight_decay"] != 0:
+            # Into the memory of the gradient, which has done its work.
+            live.flat.gather([tensor if moves[i] else None for i, tensor in enumerate(params)], live.gradient_parts)
+        if group["max_step_norm"] is not None:
+            for part in (part for part, is_moved in zip(parts, moves, strict=True) if not is_moved):
+                part.zero_()
+            made_lr = lr * shorten_(step, live.gradient, group["max_step_norm"])
+        live.last_lr.set(choose(active, made_lr, live.last_lr.get()))
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
-            live.flat.gather(params, live.gradient_parts)
             step.add_(live.gradient.mul_(lr * group["weight_decay"] * active))
-        parts = zip(group["params"], params, live.flat.views(step), strict=True)
-        moved = [(tensor, part) for p, tensor, part in parts if p.grad is not None]
-        torch._foreach_sub_([tensor for tensor, _ in moved], [part for _, part in moved])
+        torch._foreach_sub_(
+            [tensor for tensor, is_moved in zip(params, moves, strict=True) if is_moved],
+            [part for part, is_moved in zip(parts, moves, strict=True) if is_moved],
+        )
         live.has_stepped = True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -383,6 +432,16 @@ def check_options(options: dict[str, Any]) -> None:
     _check_number("beta", options["beta"], 0, 1)
     _check_number("weight_decay", options["weight_decay"], 0, math.inf)
     _check_number("expansion", options["expansion"], 1, math.inf)
+    if options["max_step_norm"] is not None:
+        _check_number("max_step_norm", options["max_step_norm"], 0, math.inf, " or None")
+    if options["max_condition"] is not None:
+        _check_number("max_condition", options["max_condition"], 1, math.inf, " or None")
+        kind = options["preconditioner"]
+        if (kind.kind if isinstance(kind, Preconditioner) else kind) == "residual" or options["capturable"]:
+            raise ValueError(
+                "max_condition must be None with preconditioner='residual', which has no such bound, and with "
+                f"capturable=True, for it waits for the device; got {options['max_condition']!r}"
+            )
     if not isinstance(options["preconditioner"], Preconditioner):
         _check_choice("preconditioner", options["preconditioner"], tuple(BY_NAME))
     _check_choice("permutation", options["permutation"], ("random", "shuffle"))
@@ -399,11 +458,11 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a bool, got {options[name]!r}")
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, low: float, high: float, others: str = "") -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not low <= value < high:
         upper = "finite" if high == math.inf else f"< {high}"
-        raise ValueError(f"{name} must be a number >= {low} and {upper}, got {value!r}")
+        raise ValueError(f"{name} must be a number >= {low} and {upper}{others}, got {value!r}")
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:

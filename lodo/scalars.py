@@ -54,6 +54,12 @@ def energy(vector: Tensor) -> Number:
     return Cell(torch.dot(vector, vector)).get()
 
 
+def norm(vector: Tensor) -> Number:
+    """The length of `vector`, with no overflow in between: sums of float32 squares may."""
+    wide = torch.float32 if vector.device.type == "mps" else torch.float64
+    return Cell(torch.linalg.vector_norm(vector, dtype=wide)).get()
+
+
 def choose(condition: Number, yes: Number, no: Number) -> Number:
     """`yes` if the condition holds else `no`, without reading a condition on an accelerator."""
     if is_tensor(condition):

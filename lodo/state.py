@@ -2,9 +2,9 @@
 
 Per parameter: "momentum", shaped like it. On the first parameter of a group, for the whole group: "theta" and,
 where it has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and
-"meta_step" of the inner Adam; "last_lr"; "steps" taken and "skipped" (left out for bad gradients); "format" of this
-layout. Network and momentum are float32, or float64 for groups with float64 parameters; the moments of the inner Adam
-and the momentum may be bfloat16 instead.
+"meta_step" of the inner Adam; "last_lr" (as `max_step_norm` left it); "steps" taken and "skipped" (left out for bad
+gradients); "format" of this layout. Network and momentum are float32, or float64 for groups with float64 parameters;
+the moments of the inner Adam and the momentum may be bfloat16 instead.
 
 torch's `Optimizer.load_state_dict` casts state to the dtype of the parameter, which would round a float32 network to
 bfloat16 and ruin indices. Saved tensors therefore travel through it inside `AsSaved`, which it does not look into.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.preconditioners import Preconditioner
-from lodo.scalars import Number, is_tensor
+from lodo.scalars import Number, choose, is_tensor, norm
 
 
 def lodo_step(
@@ -35,6 +35,7 @@ def lodo_step(
     beta: float,
     meta_lr: float,
     meta_optimizer: str,
+    max_condition: float | None = None,
 ) -> Tensor:
     """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
 
@@ -46,11 +47,12 @@ def lodo_step(
         m: momentum, shape (n,).
         moments: of the inner Adam, None for the inner SGD.
         count: inner steps taken, this one included. The first one counts although h = 0 there.
-        last_lr: lr of the last step.
+        last_lr: lr of the last step, times the factor by which `shorten_` scaled it.
         lr: lr of this step.
         active: whether this step is to be taken.
         learning: whether theta is to be learned in it (lines 1 and 2), which implies `active`.
         beta, meta_lr, meta_optimizer: as for `lodo.LODO`; meta_lr 0 leaves theta and its inner optimizer alone.
+        max_condition: as for `lodo.LODO`. On an accelerator this one makes the host wait.
     """
     if is_tensor(active):
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
@@ -58,9 +60,30 @@ def lodo_step(
     if meta_lr > 0 and (is_tensor(learning) or learning):
         rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype)
         preconditioner.learn_(g, m, last_lr, moments, rates)
+        if max_condition is not None and learning:
+            preconditioner.bound_condition_(max_condition)
     m.lerp_(g, active * (1 - beta))
     step = preconditioner.apply(m).mul_(lr)
     return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
+
+
+def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> Number:
+    """Scales a step down to at most |step| = max_step_norm * max(|x|, 1e-3 sqrt(n)), in place; returns the factor.
+
+    The floor, a root mean square of 1e-3, lets parameters that start at zero leave it.
+
+    Args:
+        step: what is to be subtracted from the parameters, shape (n,).
+        x: the parameters, shape (n,).
+        max_step_norm: as for `lodo.LODO`.
+    """
+    length, size = norm(step), norm(x)
+    floor = 1e-3 * step.numel() ** 0.5
+    limit = max_step_norm * choose(size > floor, size, floor)
+    is_long = length > limit
+    factor = choose(is_long, limit / choose(is_long, length, 1.0), 1.0)
+    step.mul_(factor)
+    return factor
 
 
 def judge(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:

@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "scheduled": {"scheduled": True},
     "bfloat16_state": {"meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
     "every_third": {"meta_every": 3, "dtype": torch.float64, "meta_state_dtype": "bfloat16"},  # saved in mid-period
+    "bounded": {"max_step_norm": 0.02, "max_condition": 1.2},
 }
 STEPS = 8
 

@@ -66,6 +66,15 @@ class Preconditioner(ABC):
             rates: of this inner step.
         """
 
+    def bound_condition_(self, largest: float) -> None:
+        """Moves `theta` so that all eigenvalues of the operator lie in [largest ** -0.5, largest ** 0.5], as they do at
+        the start: its condition number is at most `largest` then. What is inside keeps its bits.
+
+        Raises:
+            NotImplementedError: if this kind of preconditioner has no such bound.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no bound on its condition")
+
     @abstractmethod
     def apply(self, v: Tensor) -> Tensor:
         """The operator times v, for v of shape (n,), of theta's dtype and on its device. Returns new memory."""

@@ -17,6 +17,7 @@ from lodo.preconditioners.base import (
     padded_size,
     random_permutations,
 )
+from lodo.preconditioners.singular_values import clamp_
 from lodo.scalars import Number
 
 DEFAULT_DEPTH = 16
@@ -108,6 +109,12 @@ class BlockPermutation(Preconditioner):
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         with self._backend(learning=True) as (backend, kept):
             backend.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, kept)
+
+    def bound_condition_(self, largest: float) -> None:
+        if layers := len(self.theta):
+            # A product of N layers with singular values in [1 / r, r] has its own in [r ** -N, r ** N].
+            radius = largest ** (1 / (4 * layers))
+            clamp_(self.theta, 1 / radius, radius)
 
     @contextmanager
     def _backend(self, learning: bool) -> Iterator[tuple[Any, Tensor | None]]:

@@ -41,3 +41,6 @@ class Diagonal(Preconditioner):
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         kernels.for_vectors(self.theta).diagonal_learn_(self.theta, moments, g, m, lr, rates)
+
+    def bound_condition_(self, largest: float) -> None:
+        self.theta.clamp_(largest**-0.5, largest**0.5)

@@ -40,3 +40,6 @@ class Scalar(Preconditioner):
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         meta.update_(self.theta, torch.dot(g, m).mul_(-lr), moments, rates)
+
+    def bound_condition_(self, largest: float) -> None:
+        self.theta.clamp_(largest**-0.5, largest**0.5)
