@@ -1,0 +1,52 @@
+"""The examples that show what LODO learns: TensorBoard's log, and the picture of the learned spectrum."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from examples import learned_spectrum
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_picture_and_its_figures(tmp_path, capsys):
+    learned_spectrum.main(["--bowl-steps", "120", "--digits-steps", "30", "--out", str(tmp_path)])
+    assert (tmp_path / "learned_spectrum.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "learned_spectrum.json").read_text())
+    for name, steps, lr in (("bowl", 120, 0.108), ("digits", 30, 3.0)):
+        assert results[name]["steps"][0] == 1
+        assert results[name]["steps"][-1] == steps
+        values = np.array(results[name]["eigenvalues"])
+        assert values.shape == (len(results[name]["steps"]), len(learned_spectrum.LEVELS))
+        assert (np.diff(values, axis=1) >= 0).all()
+        np.testing.assert_allclose(values[0], lr, rtol=1e-4)  # G = lr * I before anything is learned
+        assert values[-1, -1] > 1.2 * values[-1, 0]
+
+
+def test_quantiles_are_those_of_the_weighted_values():
+    eigenvalues = torch.arange(1.0, 101.0, dtype=torch.float64)
+    even = learned_spectrum.quantiles(eigenvalues, torch.full_like(eigenvalues, 0.01))
+    assert even == [1, 10, 25, 50, 75, 90, 100]
+    weights = torch.tensor([0.5, 0.5] + 98 * [0.0], dtype=torch.float64)
+    assert learned_spectrum.quantiles(eigenvalues, weights) == [1, 1, 1, 1, 2, 2, 2]
+
+
+def test_diagnostics_reach_tensorboard(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from examples import tensorboard_logging
+
+    monkeypatch.setattr(sys, "argv", ["tensorboard_logging", "--steps", "45", "--out", str(tmp_path)])
+    tensorboard_logging.main()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 20, 40]
+    steps = events.Scalars("group 0/steps")
+    assert [(event.step, event.value) for event in steps] == [(20, 20), (40, 40)]
+    assert events.Scalars("group 0/hypergradient_norm")[0].value > 0
