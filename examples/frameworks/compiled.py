@@ -3,10 +3,10 @@
 Forward and backward are compiled; LODO's step is not: it leaves the compiled graph, runs its own kernels, and comes
 back, once per step and without recompilation. An LR scheduler may be attached.
 
-The default backend, inductor, needs a C++ compiler on a CPU, and Triton (which comes with torch's CUDA builds) on
-CUDA. "eager" and "aot_eager" need nothing and check the same graph.
+Any backend will do. "aot_eager", the default here, compiles no code and so runs everywhere. torch's own default,
+"inductor", needs a C++ compiler on a CPU, and Triton (which comes with torch's CUDA builds) on CUDA:
 
-    python -m examples.frameworks.compiled aot_eager
+    python -m examples.frameworks.compiled inductor
 """
 
 import sys
@@ -42,7 +42,7 @@ def train(backend: str | None) -> tuple[nn.Module, list[float]]:
     return model, losses
 
 
-def main(backend: str = "inductor") -> None:
+def main(backend: str = "aot_eager") -> None:
     _, plain = train(None)
     begin = time.perf_counter()
     _, compiled = train(backend)

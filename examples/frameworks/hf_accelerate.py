@@ -62,9 +62,7 @@ def main() -> None:
         resumed.accelerator.load_state(str(folder))
         for _ in range(SAVED_AFTER, EPOCHS):
             resumed.epoch()
-        same = all(
-            torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
-        )
+        same = all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
         print(f"resumed after epoch {SAVED_AFTER}: the parameters are the same, bit for bit: {same}")
 
 

@@ -2,7 +2,7 @@
 
 LODO's network covers every parameter of a param group, those too that never get a gradient (one may be unfrozen any
 time). So give it the trainable parameters alone: with all of `model.parameters()` it trains, but pays for the frozen
-ones in memory and time, and its network mixes in coordinates that never move.
+ones in memory and time as for the others. Those of a quantized model, which are integers, it refuses.
 """
 
 import torch

@@ -31,6 +31,7 @@ def trainer(model: PreTrainedModel, folder: Path, **arguments: Any) -> Trainer:
         "per_device_train_batch_size": 32,
         "report_to": "none",
         "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         **arguments,
     }
     return Trainer(

@@ -56,11 +56,12 @@ def fit(module: Classifier, folder: Path, resume_from: Path | None = None, **opt
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         whole = Classifier()
-        fit(whole, Path(name))
+        folder = Path(name)
+        fit(whole, folder)
         print("training loss:", *(f"{loss:.3f}" for loss in whole.losses[::16]), f"{whole.losses[-1]:.3f}")
 
         resumed = Classifier(seed=1)
-        fit(resumed, Path(name), resume_from=Path(name) / f"epoch={SAVED_AFTER - 1}.ckpt")
+        fit(resumed, folder, resume_from=folder / f"epoch={SAVED_AFTER - 1}.ckpt")
         same = all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
         print(f"resumed after epoch {SAVED_AFTER}: the parameters are the same, bit for bit: {same}")
 
