@@ -89,7 +89,7 @@ def steps_taken(optimizer):
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=WARNS.get(name, ())) for name in NEEDS])
-def test_the_example_runs_by_its_command(name, capsys):
+def test_the_example_runs(name, capsys):
     example(name).main()
     printed = capsys.readouterr().out
     assert "nan" not in printed.lower().replace("a nan in the gradient", "")
