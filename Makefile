@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check paper bench clean
 
-demo: $(VENV)/ready  ## train a classifier with LODO, AdamW and SGD side by side
+demo: $(VENV)/demo  ## train a classifier with LODO, AdamW and SGD side by side
 	$(BIN)/python -m examples.train_classifier $(ARGS)
 
 test: $(VENV)/ready  ## run the tests
@@ -26,10 +26,10 @@ bench: $(VENV)/ready  ## measure the step time
 	$(BIN)/pip install --quiet -e ".[benchmarks]"
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/demo $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet -e ".[$(if $(filter %/demo,$@),examples,dev)]"
 	touch $@
 
 clean:
