@@ -15,14 +15,16 @@ Place = tuple[torch.device, Any]
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
-    """Refuses parameters that LODO cannot flatten: ValueError for sparse, complex or other dtypes, mixed devices and
-    mixed sharding."""
+    """Refuses parameters that LODO cannot flatten: ValueError for sparse, complex or other dtypes, elements that share
+    memory, mixed devices and mixed sharding."""
     for p in params:
         if p.layout != torch.strided:
             raise ValueError(f"LODO does not support sparse parameters, got layout {p.layout}")
         if p.dtype not in SUPPORTED:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
             raise ValueError(f"LODO supports parameters of dtype {allowed}, got {p.dtype}")
+        if any(stride == 0 and length > 1 for stride, length in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(f"LODO does not support parameters whose elements share memory, got strides {p.stride()}")
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(f"the parameters of one group must be on one device, got {devices}; make one group per device")

@@ -46,7 +46,7 @@ def start_moments(theta: Tensor, dtype: torch.dtype | None = None) -> Moments:
 
 def rates(kind: str, meta_lr: float, count: Number, active: Number, dtype: torch.dtype) -> Rates:
     """The rates of inner step number `count`, the t above. Those of an inactive step leave theta, M and V as they are,
-    bit for bit."""
+    bit for bit but for the signs of zeros."""
     t = count + (count < 1)  # an inactive first step must not divide 0 by 0
     bias = 1 if kind == "sgd" else (1 - BETA2**t) ** 0.5 / (1 - BETA1**t)
     numbers: Sequence[Number]

@@ -375,9 +375,9 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
     lengths = [len(group["params"]) for group in groups]
     if lengths != [len(group["params"]) for group in state_dict["param_groups"]]:
         return None  # torch refuses this itself
-    state.check_saved(state_dict, groups)
     for saved in state_dict["param_groups"]:
         check_options({**optimizer.defaults, **saved})
+    state.check_saved(state_dict, groups)
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
     return {**state_dict, "state": state.wrap(state.without_misfits(state_dict, groups), ids)}
 
@@ -426,7 +426,9 @@ def check_options(options: dict[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        lr = float(lr) if lr.device.type == "cpu" else 0.0  # a value on an accelerator is not waited for
+        if lr.dtype == torch.bool or lr.is_complex() or lr.layout != torch.strided:
+            raise ValueError(f"Tensor lr must be dense and of real numbers, got {lr!r}")
+        lr = lr.item() if lr.device.type == "cpu" else 0.0  # a value on an accelerator is not waited for
     _check_number("lr", lr, 0, math.inf)
     _check_number("meta_lr", options["meta_lr"], 0, math.inf)
     _check_number("beta", options["beta"], 0, 1)
@@ -459,8 +461,11 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, others: str = "") -> None:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not low <= value < high:
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not low <= number < high:
         upper = "finite" if high == math.inf else f"< {high}"
         raise ValueError(f"{name} must be a number >= {low} and {upper}{others}, got {value!r}")
 

@@ -42,7 +42,7 @@ class Cell:
         if is_tensor(value) and value.device.type != "cpu":
             self.tensor.copy_(value.detach().reshape(()))
         else:
-            number = value.detach().reshape(()).numpy().tolist() if is_tensor(value) else value
+            number = value.item() if is_tensor(value) else value  # NumPy has no bfloat16
             if self._is_readable:
                 self.tensor.numpy()[()] = number
             else:

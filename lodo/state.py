@@ -189,6 +189,8 @@ def start(group: dict[str, Any], learned: Preconditioner | None = None) -> Group
     Raises:
         ValueError: if the learned one acts on another number of parameters, or if these are sharded.
     """
+    if learned is not None and sum(p.numel() for p in group["params"]) == 0:
+        raise ValueError(f"preconditioner was learned for {learned.size} parameters, but its param group holds 0")
     flat = FlatParameters(group["params"])
     if learned is not None and flat.sharding is not None:
         raise ValueError(
@@ -238,8 +240,8 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
 
     theta = here("theta", flat.dtype)
     preconditioner = BY_NAME[group["preconditioner"]].wrap(theta, here("permutations"), flat.size)
-    wanted = kept_dtype(group["meta_state_dtype"], flat.dtype)
-    moments = None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0], wanted), here(MOMENT_KEYS[1], wanted))
+    # Of the dtype they are of: whether they are to be cast is decided where they are used, here as without a reload.
+    moments = None if MOMENT_KEYS[0] not in entry else (here(MOMENT_KEYS[0]), here(MOMENT_KEYS[1]))
     if "steps" not in entry:  # format 1
         entry["steps"] = torch.zeros_like(entry["skipped"])
     cells = [Cell(here(name)) for name in COUNT_KEYS]
@@ -312,6 +314,11 @@ def _is_misfit(entry: dict[str, Any], sharding: Sharding | None) -> bool:
 def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
     first, params = entries[0], group["params"]
     sharding, size = Sharding.of(params), _local_size(params)
+    if "format" in first and not (isinstance(first["format"], int) and first["format"] in READABLE):
+        raise ValueError(
+            f"{where}: the state has format {first['format']!r}, this version of lodo reads formats 1 to "
+            f"{READABLE[-1]}; load it with the version of lodo that wrote it"
+        )
     is_misfit = "format" in first and _is_misfit(first, sharding)
     if sharding is not None and not is_misfit:
         sharding.check_saved(where, first, shapes(sharding.largest, group))
@@ -319,11 +326,6 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
         first = {**sharding.opened(first, shapes(size, group)), **formats}
     if missing := [name for name in (("format",) if is_misfit else GROUP_KEYS) if name not in first]:
         raise ValueError(f"{where}: not a state of LODO, or an incomplete one: {', '.join(missing)} missing")
-    if first["format"] not in READABLE:
-        raise ValueError(
-            f"{where}: the state has format {first['format']!r}, this version of lodo reads formats 1 to "
-            f"{READABLE[-1]}; load it with the version of lodo that wrote it"
-        )
     for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
         what = f"{where}, parameter {number}: momentum"
         _check_tensor(what, entry.get("momentum"), tuple(p.shape))

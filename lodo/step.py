@@ -40,7 +40,8 @@ def lodo_step(
     """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
 
     Advances `m`, the preconditioner's theta and `moments` in place. If `active` does not hold they keep their bits
-    and the returned step is zero; an `active` on an accelerator is not read to find out.
+    (an `active` on an accelerator is not read to find out, and a zero may lose its sign there) and the returned step
+    is zero.
 
     Args:
         g: gradient where the last step landed, shape (n,); zeroed if inactive.

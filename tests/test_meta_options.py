@@ -145,6 +145,24 @@ def test_changing_the_dtype_of_the_moments_loses_nothing(kernel):
     assert int(entry["meta_step"]) == 30
 
 
+def test_moments_that_are_not_used_keep_their_bits_when_loaded():
+    """Whoever switches to SGD and asks for other moments, resumes, and takes both back, loses nothing."""
+    results = []
+    for is_resumed in (False, True):
+        model, optimizer = fresh_pair(resume.build("default")[0])
+        resume.run(model, optimizer, None, begin=0, steps=4)
+        optimizer.param_groups[0].update(meta_optimizer="sgd", meta_state_dtype="bfloat16", meta_lr=1e-4)
+        if is_resumed:
+            saved = through_file(optimizer.state_dict())
+            model, optimizer = fresh_pair(model)
+            optimizer.load_state_dict(saved)
+        resume.run(model, optimizer, None, begin=4, steps=1)
+        optimizer.param_groups[0].update(meta_optimizer="adam", meta_state_dtype=None, meta_lr=1e-2)
+        resume.run(model, optimizer, None, begin=5, steps=2)
+        results.append([model.state_dict(), optimizer.state_dict()])
+    assert_same(*results)
+
+
 # ---- momentum in bfloat16 ------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from fractions import Fraction
 
 import pytest
 import torch
@@ -173,12 +174,13 @@ def test_a_group_can_join_during_training():
         {"params": [nn.Parameter(torch.zeros(3))], "preconditioner": lodo.Diagonal(torch.ones(4))},
         {"params": [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, dtype=torch.complex64))]},
         {"params": [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))]},
+        {"params": [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1).expand(3))]},
     ],
 )
 def test_a_refused_group_leaves_the_optimizer_as_it_was(bad):
     model = mlp()
     optimizer = lodo.LODO(model.parameters())
-    with pytest.raises(ValueError, match=r"lr|preconditioner|dtype|device"):
+    with pytest.raises(ValueError, match=r"lr|preconditioner|dtype|device|share memory"):
         optimizer.add_param_group(bad)
     assert len(optimizer.param_groups) == 1
     assert not optimizer.state
@@ -197,6 +199,9 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(bad):
         ("lr", "fast", "number"),
         ("lr", torch.tensor([1.0, 2.0]), "1-element"),
         ("lr", torch.tensor(-1.0), ">= 0"),
+        ("lr", torch.tensor(True), "dense and of real numbers"),
+        ("lr", torch.tensor(0.5j), "dense and of real numbers"),
+        ("lr", Fraction(10**400), "finite"),
         ("meta_lr", -1e-3, ">= 0"),
         ("meta_lr", None, "number"),
         ("beta", 1.0, "< 1"),
@@ -328,6 +333,14 @@ def test_empty_parameters_and_groups():
     other.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("params", [[], [nn.Parameter(torch.zeros(0, 3))]], ids=["no parameters", "an empty one"])
+def test_a_learned_preconditioner_is_refused_for_nothing(params):
+    optimizer = lodo.LODO(mlp().parameters())
+    with pytest.raises(ValueError, match="learned for 3 parameters, but its param group holds 0"):
+        optimizer.add_param_group({"params": params, "preconditioner": lodo.Diagonal(torch.ones(3))})
+    assert len(optimizer.param_groups) == 1
+
+
 # ---- lr, schedulers, maximize --------------------------------------------------------------------------------------
 
 
@@ -347,6 +360,19 @@ def test_the_hypergradient_uses_the_lr_of_the_step_it_judges():
         optimizer.step()
         torch.testing.assert_close(x.detach(), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(optimizer.preconditioners[0].weight, weight, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "lr", [*(torch.tensor([0.5], dtype=dtype) for dtype in DTYPES), torch.tensor(0.5, requires_grad=True)], ids=str
+)
+def test_a_tensor_lr_may_be_of_any_floating_dtype(lr):
+    """With torch.set_default_dtype(torch.bfloat16) it is of that."""
+    x, y = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    for p, rate in ((x, lr), (y, 0.5)):
+        optimizer = lodo.LODO([p], lr=rate)
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert torch.equal(x, y)
 
 
 def test_maximize_climbs():

@@ -199,6 +199,10 @@ INDEX_3 = torch.arange(20).repeat(3, 1)
         (lambda: lodo.Residual(torch.zeros(4), INDEX_3, 10), "diagonals must have 2 dimensions"),
         (lambda: lodo.Residual(torch.zeros(5, 20), INDEX_3, 10), "permutations must have shape"),
         (lambda: lodo.Diagonal(torch.zeros(())), "weight must have 1 dimensions"),
+        (lambda: lodo.Diagonal(torch.zeros(0)), "weight must have at least one element"),
+        (lambda: lodo.Diagonal("ones"), "weight must be a tensor, got 'ones'"),
+        (lambda: lodo.Diagonal(torch.ones(3).to_sparse()), "weight must be a dense tensor"),
+        (lambda: lodo.BlockPermutation(BLOCKS_3, None, 10), "permutations must be a tensor, got None"),
         (lambda: lodo.Scalar(torch.zeros(3), 3), "weight must have 0 dimensions"),
         (lambda: lodo.Scalar(torch.zeros(()), 0), "size must be"),
         (lambda: lodo.Diagonal(torch.zeros(3)).matvec(torch.zeros(4)), r"v must have shape \(3,\), got \(4,\)"),
@@ -207,6 +211,25 @@ INDEX_3 = torch.arange(20).repeat(3, 1)
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.uint64])
+def test_permutations_may_be_of_any_integer_dtype(dtype):
+    g = fresh("block_permutation", 10, depth=2)
+    rebuilt = lodo.BlockPermutation(g.blocks, g.permutations.to(dtype), 10)
+    assert torch.equal(rebuilt.permutations, g.permutations)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vector_that_is_negated_lazily_is_seen_negated(kind, kernel):
+    """As the imaginary part of a conjugate is."""
+    g = fresh(kind, 5, depth=2)
+    v = torch.randn(5, dtype=torch.float64)
+    lazy = torch.view_as_complex(torch.stack((v, v), 1)).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(g.matvec(lazy), g.matvec(-v))
+    one = fresh(kind, 1, depth=2)
+    assert torch.equal(one.matvec(lazy[:1]), one.matvec(-v[:1]))
 
 
 def test_hessian_error_is_the_frobenius_norm():

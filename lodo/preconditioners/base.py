@@ -88,7 +88,7 @@ class Preconditioner(ABC):
         """
         if v.shape != (self.size,):
             raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
-        return self.apply(v.detach().to(self.theta))
+        return self.apply(v.detach().to(self.theta).resolve_neg())
 
     def to_dense(self) -> Tensor:
         """The operator as an (n, n) matrix, one matvec per column: for small n."""
@@ -106,10 +106,20 @@ class Preconditioner(ABC):
         return f"{type(self).__name__}(size={self.size}{', ' if described else ''}{described}, {self.theta.dtype})"
 
 
+def as_tensor(name: str, value: Any) -> Tensor:
+    """What a user gives for a tensor, as a dense one; itself if it is one."""
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor, got {value!r}") from error
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    return tensor
+
+
 def as_theta(name: str, value: Any, dims: int) -> Tensor:
     """A detached copy of a learned tensor that a user gives, checked: `dims` dimensions, float32 or float64."""
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    tensor = as_tensor(name, value).detach().clone(memory_format=torch.contiguous_format)
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
     if tensor.dtype not in (torch.float32, torch.float64):
@@ -119,11 +129,12 @@ def as_theta(name: str, value: Any, dims: int) -> Tensor:
 
 def as_permutations(value: Any, layers: int, padded: int, device: torch.device) -> Tensor:
     """A checked int32 copy of index permutations of shape (layers, padded)."""
-    tensor = (value if isinstance(value, Tensor) else torch.as_tensor(value)).to(device)
+    tensor = as_tensor("permutations", value).to(device)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"permutations must be integers, got {tensor.dtype}")
     if tensor.shape != (layers, padded):
         raise ValueError(f"permutations must have shape ({layers}, {padded}), got {tuple(tensor.shape)}")
+    tensor = tensor.to(torch.int64)  # torch sorts and compares no unsigned numbers of more than 8 bits
     if not torch.equal(tensor.sort(dim=1).values, torch.arange(padded, device=device).expand(layers, padded)):
         raise ValueError(f"every row of permutations must hold each of 0 .. {padded - 1} once")
     return tensor.to(torch.int32, copy=True)

@@ -11,12 +11,18 @@ from lodo.scalars import Number
 
 
 class Diagonal(Preconditioner):
-    """The operator diag(weight), for `weight` of shape (n,), float32 or float64. Not kept positive."""
+    """The operator diag(weight), for `weight` of shape (n,), float32 or float64. Not kept positive.
+
+    Raises:
+        ValueError: for shapes and dtypes other than these.
+    """
 
     kind = "diagonal"
 
     def __init__(self, weight: Tensor) -> None:
         weight = as_theta("weight", weight, dims=1)
+        if len(weight) == 0:
+            raise ValueError("weight must have at least one element, got shape (0,)")
         super().__init__(weight, None, len(weight))
 
     @classmethod
