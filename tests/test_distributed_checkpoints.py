@@ -1,6 +1,7 @@
 """Checkpoints of training on several ranks: torch.distributed.checkpoint and its options, files that are written while
 training goes on, safetensors, what ZeRO and FSDP1 save."""
 
+import json
 import threading
 import warnings
 
@@ -295,12 +296,27 @@ def through_safetensors(folder, makers):
 
 
 def test_a_safetensors_file_resumes_bit_for_bit(tmp_path):
-    safetensors = pytest.importorskip("safetensors")
+    pytest.importorskip("safetensors")
     through_safetensors(tmp_path, (plain_run, named_run))
-    with safetensors.safe_open(tmp_path / "plain_run.safetensors", framework="pt") as file:
-        names = set(file.keys())
-    assert {f"state.{p}.momentum" for p in ("0.weight", "0.bias", "2.weight", "2.bias")} < names
-    assert {f"state.0.weight.{name}" for name in ("theta", "permutations", "steps", "skipped")} < names
+
+
+def test_a_safetensors_file_has_names_of_the_model_and_its_format_is_checked(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model, optimizer = plain_run()
+    train(model, optimizer, 0, 2)
+    from_docs("save_optimizer")(tmp_path / "saved", model, optimizer)
+    with safetensors.safe_open(tmp_path / "saved", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        rest = json.loads(file.metadata()["lodo"])
+    expected = {f"state.0.weight.{name}" for name in ("theta", "permutations", "meta_step", "steps", "skipped")}
+    assert expected | {f"state.{name}.momentum" for name, _ in model.named_parameters()} < tensors.keys()
+    assert rest["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
+    assert rest["numbers"] == {"state.0.weight.format": 2}
+    rest["numbers"]["state.0.weight.format"] = 99
+    save_file(tensors, tmp_path / "later", metadata={"lodo": json.dumps(rest)})
+    with pytest.raises(ValueError, match="the state has format 99"):
+        from_docs("load_optimizer")(tmp_path / "later", model, optimizer)
 
 
 def test_a_safetensors_file_of_several_ranks_resumes_bit_for_bit(tmp_path):
@@ -384,6 +400,24 @@ def fsdp1_resumed_in_all_ways():
 
 def test_fsdp1_resumes_from_the_state_dict_of_each_rank_alone():
     run(2, fsdp1_resumed_in_all_ways)
+
+
+@pytest.mark.parametrize("kind", ["block_permutation", "scalar"])
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
+def test_state_of_other_groups_that_is_put_past_the_load_is_refused(numbers, kind):
+    """As ZeRO does; a scalar fits every group."""
+    model = network()
+    groups = {
+        1: [{"params": model.parameters()}],
+        2: [{"params": layer.parameters()} for layer in (model[0], model[2])],
+    }
+    saved, other = (lodo.LODO(groups[number], preconditioner=kind) for number in numbers)
+    train(model, saved, 0, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    other.state.update(saved.state)
+    with pytest.raises(RuntimeError, match="is that of other groups"):
+        other.step()
+    assert_same([p.detach() for p in model.parameters()], before)
 
 
 @pytest.mark.parametrize("full", [False, True])
