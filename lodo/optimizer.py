@@ -176,7 +176,8 @@ class LODO(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, or for a capture that is not allowed; nothing has changed then.
+            RuntimeError: for sparse gradients, parameters without data, state of other groups, or a capture that is not
+                allowed; nothing has changed then.
         """
         is_captured = self._is_captured()
         loss = None
