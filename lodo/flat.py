@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lodo.sharding import Sharding, check_sharding, is_dtensor, local, local_gradient
+from lodo.sharding import Sharding, check_sharding, is_dtensor, is_fsdp1, local, local_gradient
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,7 +44,8 @@ class FlatParameters:
         tensors = self.tensors(params)
         self.size = sum(tensor.numel() for tensor in tensors)
         self.device = params[0].device
-        self.place: Place = (self.device, None if self.sharding is None else self.sharding.ranks)
+        ranks = is_fsdp1(params[0]) or None if self.sharding is None else self.sharding.ranks
+        self.place: Place = (self.device, ranks)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
 

@@ -214,7 +214,8 @@ class LODO(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, or for a capture that is not allowed; nothing has changed then.
+            RuntimeError: for sparse gradients, parameters without data, state of other groups, or a capture that is not
+                allowed; nothing has changed then.
         """
         is_captured = self._is_captured()
         loss = None
@@ -332,6 +333,13 @@ class LODO(Optimizer):
                 "networks, which belong to shards, do not fit any more and start anew.",
                 stacklevel=2,
             )
+        elif any(state.has_lost_network(group, self.state) for group in self.param_groups if self._has_state(group)):
+            warnings.warn(
+                "LODO loaded momentum without the network that it belongs to, which starts anew. Either none had been "
+                "saved, or torch.distributed.checkpoint has left it out, as it does with what was saved for parameters "
+                "that are frozen now.",
+                stacklevel=2,
+            )
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)
@@ -344,8 +352,7 @@ class LODO(Optimizer):
                     group.setdefault(name, value)
 
     def _has_state(self, group: dict[str, Any]) -> bool:
-        params = group["params"]
-        return len(params) > 0 and params[0] in self.state and "format" in self.state[params[0]]
+        return state.has_state(group, self.state)
 
     def _is_live(self, group: dict[str, Any]) -> bool:
         """Whether a step was taken on the group's state as it is, so that the next one has nothing to prepare."""
@@ -379,7 +386,7 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
         check_options({**optimizer.defaults, **saved})
     state.check_saved(state_dict, groups)
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
-    return {**state_dict, "state": state.wrap(state.without_misfits(state_dict, groups), ids)}
+    return {**state_dict, "state": state.wrap(state.amended(state_dict, groups), ids)}
 
 
 def _uses_moments(group: dict[str, Any]) -> bool:
@@ -391,9 +398,15 @@ def _has_its_moments(group: dict[str, Any], live: state.GroupState) -> bool:
 
 
 def _has_gradients(params: Iterable[Tensor]) -> bool:
-    """Whether any parameter with elements has a gradient. Refuses sparse ones before anything has changed."""
+    """Whether any parameter with elements has a gradient. Refuses sparse ones, and parameters without data, before
+    anything has changed."""
     found = False
     for p in params:
+        if p.is_meta:
+            raise RuntimeError(
+                "LODO cannot step on parameters without data, got device meta; make the optimizer after `to_empty`, "
+                "which gives a module new parameters unless FSDP2 has sharded them"
+            )
         if p.grad is not None:
             if p.grad.layout != torch.strided:
                 raise RuntimeError(f"LODO does not support sparse gradients, got layout {p.grad.layout}")

@@ -1,5 +1,5 @@
 """Parameters that are DTensors, as FSDP2 and HSDP make them: a rank has a network for its own shards, and nothing is
-communicated.
+communicated. And those of FSDP1, which are the same to LODO but look like any other tensor.
 
 Every rank of the mesh works on the local tensors of its parameters. Its network, and whatever else it keeps for a
 group, is shown in `optimizer.state` as a one-dimensional DTensor that is sharded like the parameters: a rank's part is
@@ -30,6 +30,18 @@ def is_dtensor(value: Any) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(value, module.DTensor)
 
 
+def is_fsdp1(p: Tensor) -> bool:
+    """Whether FullyShardedDataParallel has flattened a parameter: it then is a plain tensor of this rank's elements."""
+    return getattr(p, "_fsdp_flattened", False)
+
+
+def rank_of_fsdp1(params: Sequence[Tensor]) -> tuple[int, int] | None:
+    """This rank and the number of ranks, where the parameters are this rank's elements of FSDP1's."""
+    if not is_fsdp1(params[0]) or torch.distributed.get_world_size() == 1:
+        return None
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, in the same memory; another tensor as it is."""
     if not is_dtensor(tensor):
@@ -58,13 +70,13 @@ def shown_as(p: Tensor, part: Tensor) -> Tensor:
 
 
 def check_sharding(params: Sequence[Tensor]) -> None:
-    """Refuses DTensors whose replicas would drift apart, or whose state could not be shown.
+    """Refuses parameters whose replicas would drift apart, and DTensors whose state could not be shown.
 
     Raises:
         ValueError: for parameters that are not all sharded over the same ranks, for pending sums, and for shards that
             are not on their mesh's kind of device.
     """
-    if not any(is_dtensor(p) for p in params):
+    if not any(is_dtensor(p) or is_fsdp1(p) for p in params):
         return
     for p in params:
         if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
@@ -74,13 +86,19 @@ def check_sharding(params: Sequence[Tensor]) -> None:
                 f"the shards of a parameter must be on the device of its mesh, {p.device_mesh.device_type!r}, got "
                 f"{local(p).device.type!r}; LODO does not support FSDP's offloading"
             )
-    spreads = [_spread(p) for p in params]
+    spreads = [(is_fsdp1(p), _spread(p)) for p in params]
     if any(spread != spreads[0] for spread in spreads):
-        found = sorted({str(p.placements) if is_dtensor(p) else "a plain tensor" for p in params})
+        found = sorted({_kind(p) for p in params})
         raise ValueError(
             "the parameters of one group must be sharded over the same ranks, or the network of each rank would move a "
             f"replicated one differently; got {', '.join(found)}; make one group for each"
         )
+
+
+def _kind(p: Tensor) -> str:
+    if is_dtensor(p):
+        return f"{p.placements} on {p.device_mesh}"
+    return "a tensor of FullyShardedDataParallel" if is_fsdp1(p) else "a plain tensor"
 
 
 def _spread(p: Tensor) -> "tuple[DeviceMesh, tuple[int, ...]] | None":

@@ -1,6 +1,7 @@
 """What LODO keeps between steps, how it lies in `optimizer.state`, and how saved states are checked and read.
 
-Per parameter: "momentum", shaped like it. On the first parameter of a group, for the whole group: "theta" and,
+Per parameter: "momentum", shaped like it. On the first parameter of a group that requires gradients (what there is for
+others is lost when torch.distributed.checkpoint loads it), for the whole group: "theta" and,
 where it has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and
 "meta_step" of the inner Adam; "last_lr" (as `max_step_norm` left it); "steps" taken and "skipped" (left out for bad
 gradients); "format" of this layout. Network and momentum are float32, or float64 for groups with float64 parameters;
@@ -13,7 +14,8 @@ On several ranks: the momentum of a parameter that is a DTensor is a DTensor lik
 torch.distributed.checkpoint. If the parameters are sharded, each shard has its own network, and all that is kept for
 the group lies there under keys such as "theta_in_4_shards", as DTensors that are made of the ranks' own tensors (see
 `lodo.sharding`); "shards" is their number and "format" is 3. A state from another number of shards (a plain one counts
-as one) is loaded without its networks, which start anew.
+as one) is loaded without its networks, which start anew. FSDP1's parameters do not tell which shard they are: there
+"fsdp1_rank" holds the rank and the number of ranks.
 """
 
 from dataclasses import dataclass, field, replace
@@ -27,7 +29,7 @@ from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import kept_dtype
 from lodo.scalars import Cell
-from lodo.sharding import Sharding, check_saved_like, local, shown_as
+from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1, shown_as
 
 FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
 SHARDED_FORMAT = 3
@@ -35,6 +37,10 @@ READABLE = (1, 2, 3)
 GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
+OTHER_GROUPS = (
+    "the state of a param group is that of other groups, whose networks act on other parameters; "
+    "ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"
+)
 
 State = dict[Any, dict[str, Any]]
 
@@ -101,7 +107,7 @@ class GroupState:
     def is_bound_to(self, state: State, group: dict[str, Any]) -> bool:
         """Whether `state` still holds these very tensors, in the dtypes that parameters and options ask for."""
         params = group["params"]
-        entry = state[params[0]]
+        entry = state[_carrier(params)]
         if self.momentum.dtype != kept_dtype(group["momentum_dtype"], self.flat.dtype):
             return False
         if not self.flat.fits(params) or any(entry.get(name) is not value for name, value in self.kept.items()):
@@ -115,7 +121,7 @@ class GroupState:
         ) and all(local(kept).data_ptr() == own.data_ptr() for kept, own in self._shown)
 
     def shared(self) -> dict[str, Tensor]:
-        """The tensors that lie in the state of the group's first parameter, by name."""
+        """The tensors that are kept for the whole group, by name."""
         tensors = {
             "theta": self.preconditioner.theta,
             "meta_step": self.meta_step.tensor,
@@ -133,18 +139,24 @@ class GroupState:
         """Puts the tensors into `optimizer.state`, those of shards as DTensors."""
         params, sharding = group["params"], self.flat.sharding
         self.kept_momentum = [shown_as(p, part) for p, part in zip(params, self.momentum_parts, strict=True)]
+        former = entry_with_network(group, state)
         for p, kept in zip(params, self.kept_momentum, strict=True):
             state[p]["momentum"] = kept
-        entry = state[params[0]]
+        entry = state[_carrier(params)]
         if sharding is None:
             self.kept = self.shared()
             entry.update(self.kept, format=FORMAT)
+            if (rank := rank_of_fsdp1(params)) is not None:
+                entry["fsdp1_rank"] = torch.tensor(rank, device=self.flat.device)
         else:
             self.kept = sharding.spread(self.shared(), shapes(sharding.largest, group))
             self._work_on(sharding.opened(self.kept, shapes(self.flat.size, group)))
             # A one-dimensional tensor: torch cannot load a number that is not in the state it loads into.
             shards = torch.tensor([sharding.shards], device=self.flat.device)
             entry.update(self.kept, format=SHARDED_FORMAT, shards=shards)
+        if former is not None and former is not entry:
+            for name in (*self.kept, "format", "shards", "fsdp1_rank"):
+                former.pop(name, None)
         own = [*self.shared().values(), *self.momentum_parts]
         pairs = zip([*self.kept.values(), *self.kept_momentum], own, strict=True)
         self._shown = [(kept, tensor) for kept, tensor in pairs if kept is not tensor]
@@ -166,17 +178,36 @@ def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {"theta": theta, **dict.fromkeys(MOMENT_KEYS, theta), **dict.fromkeys(COUNT_KEYS, ()), **indices}
 
 
+def _carrier(params: list[Tensor]) -> Tensor:
+    """The parameter in whose state all that is kept for its group lies."""
+    return next((p for p in params if p.requires_grad), params[0])
+
+
+def entry_with_network(group: dict[str, Any], state: State) -> dict[str, Any] | None:
+    """The state of the parameter that has what is kept for the group; None if there is none."""
+    return next((state[p] for p in group["params"] if "format" in state.get(p, ())), None)
+
+
 def entry_of(group: dict[str, Any], state: State) -> dict[str, Any]:
     """What is kept for a whole group, under the names that `GroupState.shared` gives; of a sharded one this rank's."""
     params = group["params"]
     sharding = Sharding.of(params)
-    entry = state[params[0]]
+    entry = entry_with_network(group, state)
+    assert entry is not None
     return entry if sharding is None else sharding.opened(entry, shapes(_local_size(params), group))
 
 
 def is_bare(group: dict[str, Any], state: State) -> bool:
     """Whether `without_misfits` has left out the group's network."""
     return "theta" not in entry_of(group, state)
+
+
+def has_lost_network(group: dict[str, Any], state: State) -> bool:
+    """Whether there is momentum, which only steps make, next to a network that has taken none."""
+    entry = entry_of(group, state)
+    if any(entry.get(name, True) for name in ("steps", "meta_step")):
+        return False
+    return any(bool(local(state[p]["momentum"]).any()) for p in group["params"])
 
 
 def _local_size(params: list[Tensor]) -> int:
@@ -221,11 +252,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
         RuntimeError: if the group has other parameters than its state was made for.
     """
     params = group["params"]
-    if any("momentum" not in state.get(p, ()) or state[p]["momentum"].shape != p.shape for p in params):
-        raise RuntimeError(
-            "the parameters of a param group have changed since its first step, and its network acts on those it had; "
-            "use add_param_group for new ones"
-        )
+    _check_bound(group, state)
     flat = FlatParameters(params)
     momentum = flat.new_vector(kept_dtype(group["momentum_dtype"], flat.dtype))
     parts = flat.views(momentum)
@@ -246,6 +273,37 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
         entry["steps"] = torch.zeros_like(entry["skipped"])
     cells = [Cell(here(name)) for name in COUNT_KEYS]
     return GroupState(flat, preconditioner, moments, momentum, parts, *cells)
+
+
+def has_state(group: dict[str, Any], state: State) -> bool:
+    """Whether there is state for a group.
+
+    Raises:
+        RuntimeError: if there is some for its parameters, but of other groups.
+    """
+    if entry_with_network(group, state) is not None:
+        return True
+    if any("momentum" in state.get(p, ()) for p in group["params"]):
+        raise RuntimeError(OTHER_GROUPS)
+    return False
+
+
+def _check_bound(group: dict[str, Any], state: State) -> None:
+    """Refuses state that was put into `optimizer.state` past `load_state_dict`, or that parameters were slipped under.
+
+    Raises:
+        RuntimeError: if it is not of a group of these parameters.
+    """
+    params = group["params"]
+    if any("momentum" not in state.get(p, ()) or state[p]["momentum"].shape != p.shape for p in params):
+        raise RuntimeError(
+            "the parameters of a param group have changed since its first step, and its network acts on those it had; "
+            "use add_param_group for new ones"
+        )
+    theta = entry_of(group, state).get("theta")
+    fits = theta is None or tuple(theta.shape) == shapes(_local_size(params), group)["theta"]
+    if not fits or sum("format" in state[p] for p in params) > 1:
+        raise RuntimeError(OTHER_GROUPS)
 
 
 class AsSaved:
@@ -295,14 +353,26 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             _check_group(f"param group {index}", entries, {**group, **saved_group, "params": group["params"]})
 
 
-def without_misfits(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
-    """The saved state, without the networks that were learned for another number of shards."""
+def amended(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
+    """The saved state, without the networks that were learned for another number of shards, and with the momentum of
+    frozen parameters, which torch.distributed.checkpoint leaves out."""
     found = dict(saved["state"])
     for saved_group, group in zip(saved["param_groups"], groups, strict=True):
-        entry = found.get(saved_group["params"][0]) if saved_group["params"] else None
-        if entry and _is_misfit(entry, Sharding.of(group["params"])):
-            found[saved_group["params"][0]] = {name: entry[name] for name in ("momentum", "format")}
+        keys = saved_group["params"]
+        with_network = next((key for key in keys if "format" in found.get(key, ())), None)
+        if with_network is None:
+            continue
+        entry = found[with_network]
+        if _is_misfit(entry, Sharding.of(group["params"])):
+            found[with_network] = {name: entry[name] for name in ("momentum", "format")}
+        for key, p in zip(keys, group["params"], strict=True):
+            if _may_lack_momentum(p, found.get(key, {})):
+                found[key] = {**found.get(key, {}), "momentum": torch.zeros_like(p)}
     return found
+
+
+def _may_lack_momentum(p: Tensor, entry: dict[str, Any]) -> bool:
+    return not p.requires_grad and "momentum" not in entry
 
 
 def _is_misfit(entry: dict[str, Any], sharding: Sharding | None) -> bool:
@@ -312,7 +382,7 @@ def _is_misfit(entry: dict[str, Any], sharding: Sharding | None) -> bool:
 
 
 def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    first, params = entries[0], group["params"]
+    first, params = next((entry for entry in entries if "format" in entry), entries[0]), group["params"]
     sharding, size = Sharding.of(params), _local_size(params)
     if "format" in first and not (isinstance(first["format"], int) and first["format"] in READABLE):
         raise ValueError(
@@ -328,10 +398,13 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
         raise ValueError(f"{where}: not a state of LODO, or an incomplete one: {', '.join(missing)} missing")
     for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
         what = f"{where}, parameter {number}: momentum"
+        if _may_lack_momentum(p, entry):
+            continue
         _check_tensor(what, entry.get("momentum"), tuple(p.shape))
         check_saved_like(what, entry["momentum"], p)
     if is_misfit:
         return
+    _check_fsdp1_rank(where, first.get("fsdp1_rank"), rank_of_fsdp1(params))
     shape = BY_NAME[group["preconditioner"]].theta_shape(size, group)
     _check_tensor(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape)
     if any(name in first for name in MOMENT_KEYS):
@@ -343,6 +416,17 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
     if first["format"] > 1:
         _check_tensor(f"{where}: steps", first.get("steps"), (), torch.int64)
     _check_permutations(where, first.get("permutations"), size, group)
+
+
+def _check_fsdp1_rank(where: str, value: Any, own: tuple[int, int] | None) -> None:
+    """FSDP1's shards have equal sizes, so that the network of one rank would fit another."""
+    saved = None if value is None else tuple(value.tolist())
+    if saved is not None and saved != own:
+        here = f"rank {own[0]} of {own[1]}" if own else "no shard of it"
+        raise ValueError(
+            f"{where}: the saved network acts on the shard that FullyShardedDataParallel gives to rank {saved[0]} of "
+            f"{saved[1]}, this is {here}; save and load optimizer.state_dict() on each rank"
+        )
 
 
 def _check_tensor(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Runs a function on several processes that are joined by gloo: the ranks of test_distributed.py."""
+"""Runs a function on several processes that are joined by gloo: the ranks of the distributed tests."""
 
 import io
 import multiprocessing
@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 
 LIMIT = 120  # seconds
-PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+    "pytest",
+]
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Training on several ranks: DistributedDataParallel, sharded parameters (FSDP2, HSDP, tensor parallelism)."""
+"""Training on several ranks: DDP, ZeRO, sharded parameters (FSDP2, HSDP, tensor parallelism, FSDP1)."""
 
 import copy
 import os
@@ -10,56 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_runs import (
+    LEAN,
+    OPTIONS,
+    assert_same,
+    assert_same_shards,
+    everything,
+    fsdp,
+    fsdp1,
+    local,
+    network,
+    own_share,
+    train,
+    two_dimensional_run,
+)
 from oracle import KINDS
 from ranks import run
 from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 import lodo
-
-LEAN = {"depth": 4, "expansion": 1}
-
-
-def network(dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
-
-
-def train(model, optimizer, begin, end, share=slice(None)):
-    """Steps `begin` to `end` on a batch of 16, of which this rank sees its share."""
-    for step in range(begin, end):
-        x = torch.randn(16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))[share]
-        x = x.to(next(model.parameters()).dtype)
-        optimizer.zero_grad()
-        (model(x) - x[:, :3].sin()).square().mean().backward()
-        optimizer.step()
-
-
-def own_share():
-    return slice(dist.get_rank(), None, dist.get_world_size())
-
-
-def everything(model, optimizer):
-    """Parameters and all of the optimizer's state, by name, as copies."""
-    return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]})
-
-
-def assert_same(found, expected):
-    found, expected = pytree.tree_leaves_with_path(found), pytree.tree_leaves_with_path(expected)
-    assert [path for path, _ in found] == [path for path, _ in expected]
-    for (path, a), (_, b) in zip(found, expected, strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, pytree.keystr(path)
 
 
 def ddp_steps(steps, dtype, **options):
@@ -118,10 +91,6 @@ def test_a_nan_on_one_ddp_rank_is_skipped_on_all():
     assert first["optimizer"][0]["steps"] == 6
 
 
-def local(tensor):
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
 class Twin:
     """An ordinary LODO on copies of this rank's shards, which is given the gradients that the sharded one saw."""
 
@@ -153,16 +122,6 @@ class Twin:
                 assert kept.dtype == value.dtype
                 assert torch.equal(kept.flatten()[: value.numel()], value.flatten()), name
                 assert not kept.flatten()[value.numel() :].any()
-
-
-def fsdp(dtype=torch.float32, mesh=None):
-    model = network(dtype)
-    for layer in (model[0], model[2]):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-OPTIONS = {"lr": 0.1, "meta_lr": 1e-2, "weight_decay": 0.01}
 
 
 def fsdp_and_twin(cases):
@@ -379,214 +338,111 @@ def test_hsdp_replicas_of_a_shard_stay_bit_identical():
     assert not torch.equal(first["0 theta_in_2_shards"], second["0 theta_in_2_shards"])
 
 
+def two_dimensions():
+    model, optimizer = two_dimensional_run()
+    twins = [Twin(group["params"], **OPTIONS) for group in optimizer.param_groups]
+    for step in range(8):
+        train(model, optimizer, step, step + 1, own_share(model))
+        for twin in twins:
+            twin.step()
+    for twin in twins:
+        twin.assert_same(optimizer)
+    sizes = [[local(p).numel() for p in group["params"]] for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="make one group for each"):
+        lodo.LODO(model.parameters())
+    replicated = [local(p) for p in (model[2].bias, model[3].weight, model[3].bias)]
+    return sizes, model.share.start, replicated
+
+
+def test_fsdp_with_tensor_parallelism_is_a_separate_optimizer_for_each_part():
+    found = run(4, two_dimensions)
+    assert [share for _, share, _ in found] == [0, 0, 1, 1]
+    assert [sizes for sizes, _, _ in found] == [[[10, 2, 8], [2], [6, 2]]] * 2 + [[[10, 2, 4], [1], [3, 1]]] * 2
+    for first, second in (found[:2], found[2:]):  # the ranks between which tensor parallelism replicates
+        assert_same(first[2], second[2])
+
+
+def fsdp1_and_twin(use_orig_params):
+    """In the end a NaN in one rank's shard, next to a group that both ranks have."""
+    model, replica = fsdp1(use_orig_params), nn.Parameter(torch.ones(3))
+    params = list(model.parameters())
+    optimizer = lodo.LODO([{"params": params}, {"params": [replica]}], **OPTIONS)
+    twin = Twin(params, **OPTIONS)
+    optimizer.register_step_pre_hook(lambda *_: setattr(replica, "grad", replica.detach().sin()))
+    for step in range(8):
+        train(model, optimizer, step, step + 1, own_share())
+        twin.step()
+    twin.assert_same(optimizer)
+    with pytest.raises(ValueError, match=r"a plain tensor, a tensor of FullyShardedDataParallel"):
+        lodo.LODO([*params, replica])
+    if dist.get_rank() == 1:
+        bad = torch.full_like(params[0], float("nan"))
+        optimizer.register_step_pre_hook(lambda *_: setattr(params[0], "grad", bad))
+    before = replica.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, 8, 9, own_share())
+    skipped = [int(optimizer.state[group["params"][0]]["skipped"]) for group in optimizer.param_groups]
+    return skipped, replica.detach(), not torch.equal(before, replica)
+
+
+def fsdp1_in_both_ways():
+    return [fsdp1_and_twin(use_orig_params) for use_orig_params in (True, False)]
+
+
+def test_fsdp1_is_a_separate_optimizer_for_each_rank_and_moves_no_replicas_apart():
+    for first, second in zip(*run(2, fsdp1_in_both_ways), strict=True):
+        assert first[0] == [0, 0]
+        assert second[0] == [1, 0]
+        assert torch.equal(first[1], second[1])
+        assert first[2]
+        assert second[2]
+
+
+def built_on_meta(comes_first):
+    """A model whose parameters get their data after `fully_shard`, with an optimizer made before or after that."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    optimizer = lodo.LODO(model.parameters(), **OPTIONS) if comes_first else None
+    if comes_first:
+        with pytest.raises(RuntimeError, match="parameters without data"):
+            optimizer.step()
+    model.to_empty(device="cpu")
+    expected = fsdp()
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            local(p).copy_(local(q))
+    optimizer = optimizer or lodo.LODO(model.parameters(), **OPTIONS)
+    other = lodo.LODO(expected.parameters(), **OPTIONS)
+    train(model, optimizer, 0, 5, own_share())
+    train(expected, other, 0, 5, own_share())
+    assert_same_shards(model, optimizer, expected, other)
+    assert not torch.equal(local(model[0].weight), local(fsdp()[0].weight))
+
+
+def built_on_meta_both_ways():
+    for comes_first in (True, False):
+        built_on_meta(comes_first)
+
+
+def test_sharded_models_may_be_built_on_meta():
+    run(2, built_on_meta_both_ways)
+
+
+def test_an_optimizer_of_parameters_that_stay_on_meta_refuses_to_step():
+    with torch.device("meta"):
+        model = nn.Linear(5, 3)
+    optimizer = lodo.LODO(model.parameters())
+    model.to_empty(device="cpu")  # gives the module other parameters
+    model(torch.ones(2, 5)).sum().backward()
+    with pytest.raises(RuntimeError, match="make the optimizer after `to_empty`"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 def test_importing_lodo_does_not_load_dtensors():
     code = "import sys, lodo; assert 'torch.distributed.tensor' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(Path(lodo.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def ddp_run():
-    model = DistributedDataParallel(network(torch.float32))
-    return model, lodo.LODO(model.parameters(), **OPTIONS)
-
-
-def fsdp_run(**options):
-    """Two groups, one of them of another kind, with counts and rounding that must go on where they were."""
-    model = fsdp()
-    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "preconditioner": "diagonal"}]
-    settings = {"meta_every": 3, "meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16", **options}
-    return model, lodo.LODO(groups, **OPTIONS, **settings)
-
-
-def hsdp_run():
-    model = fsdp(mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    return model, lodo.LODO(model.parameters(), **OPTIONS, **LEAN)
-
-
-def bfloat16_run():
-    model = fsdp(torch.bfloat16)
-    return model, lodo.LODO(model.parameters(), permutation="shuffle", **OPTIONS)
-
-
-def one_group_run():
-    model = fsdp()
-    return model, lodo.LODO(model.parameters(), **OPTIONS)
-
-
-def plain_run():
-    model = network(torch.float32)
-    return model, lodo.LODO(model.parameters(), **OPTIONS)
-
-
-def save(folder, model, optimizer, **options):
-    state = get_state_dict(model, optimizer, options=StateDictOptions(**options))
-    if options.get("full_state_dict"):
-        if dist.get_rank() == 0:
-            torch.save(state, folder / "full.pt")
-        dist.barrier()
-    else:
-        dcp.save(dict(zip(("model", "optimizer"), state, strict=True)), checkpoint_id=folder)
-
-
-def load(folder, model, optimizer, planner=None, **options):
-    options = StateDictOptions(**options)
-    if options.broadcast_from_rank0:
-        state = torch.load(folder / "full.pt", weights_only=True) if dist.get_rank() == 0 else ({}, {})
-    elif options.full_state_dict:
-        state = torch.load(folder / "full.pt", weights_only=True)
-    else:
-        state = get_state_dict(model, optimizer, options=options)
-        template = dict(zip(("model", "optimizer"), state, strict=True))
-        dcp.load(template, checkpoint_id=folder, planner=planner)
-        state = template["model"], template["optimizer"]
-    # Not `set_state_dict`: it leaves the model alone on the ranks that pass nothing and wait for the broadcast.
-    set_model_state_dict(model, state[0], options=options)
-    set_optimizer_state_dict(model, optimizer, state[1], options=options)
-
-
-def resumed(folder, make, options):
-    """Trains, saves, goes on; loads into what another process would make, and goes on with that."""
-    model, optimizer = make()
-    train(model, optimizer, 0, 8, own_share())
-    save(folder, model, optimizer, **options)
-    other_model, other = make()
-    load(folder, other_model, other, **options)
-    assert_same_shards(other_model, other, model, optimizer)
-    train(model, optimizer, 8, 16, own_share())
-    train(other_model, other, 8, 16, own_share())
-    assert_same_shards(other_model, other, model, optimizer)
-
-
-def assert_same_shards(model, optimizer, expected_model, expected):
-    found, wanted = everything(model, optimizer), everything(expected_model, expected)
-    assert_same(pytree.tree_map(type, found), pytree.tree_map(type, wanted))
-    assert_same(pytree.tree_map(local_or_same, found), pytree.tree_map(local_or_same, wanted))
-
-
-WAYS = {
-    "sharded": {},
-    "flat": {"flatten_optimizer_state_dict": True},
-    "full": {"full_state_dict": True, "cpu_offload": True},
-    "broadcast": {"full_state_dict": True, "cpu_offload": True, "broadcast_from_rank0": True},
-}
-
-
-def resumed_in_all_ways(folder, makers, ways):
-    for make in makers:
-        for name, options in ((name, WAYS[name]) for name in ways):
-            path = folder / f"{make.__name__}-{name}"
-            if dist.get_rank() == 0:
-                path.mkdir()
-            dist.barrier()
-            resumed(path, make, options)
-
-
-@pytest.mark.parametrize(
-    ("world", "makers", "ways"),
-    [(2, (ddp_run, fsdp_run), tuple(WAYS)), (2, (bfloat16_run,), ("sharded",)), (4, (hsdp_run,), ("sharded", "full"))],
-)
-def test_distributed_checkpoints_resume_bit_for_bit(tmp_path, world, makers, ways):
-    run(world, resumed_in_all_ways, tmp_path, makers, ways)
-
-
-def momenta(model, optimizer):
-    return {name: whole(optimizer.state[p]["momentum"]) for name, p in model.named_parameters()}
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def saved_run(folder, make):
-    """Leaves a sharded and a full checkpoint; returns parameters and momentum."""
-    model, optimizer = make()
-    train(model, optimizer, 0, 8)
-    save(folder, model, optimizer)
-    save(folder, model, optimizer, full_state_dict=True, cpu_offload=True)
-    return {name: whole(p) for name, p in model.named_parameters()}, momenta(model, optimizer)
-
-
-def resharded_run(folder, make, ways):
-    """Loads both; returns parameters and momentum. Everything else is as in a new optimizer."""
-    results = []
-    for name in ways:
-        model, optimizer = make()
-        if name == "sharded":  # into one that has its own state
-            train(model, optimizer, 0, 2)
-        _, new = make()
-        for group in new.param_groups:
-            group["lr"] = 0.0
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        new.step()
-        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            load(folder, model, optimizer, planner, **WAYS[name])
-        assert sum("another number of shards" in str(warning.message) for warning in caught) == 1
-        assert optimizer.param_groups[0]["meta_lr"] == OPTIONS["meta_lr"]
-        for entry, fresh in zip(optimizer.state.values(), new.state.values(), strict=True):
-            assert entry.keys() == fresh.keys()
-            for key in entry.keys() - {"momentum"}:
-                assert_same(local_or_same(entry[key]), local_or_same(fresh[key]))
-        results.append(({name: whole(p) for name, p in model.named_parameters()}, momenta(model, optimizer)))
-        train(model, optimizer, 8, 10)
-        assert optimizer.skipped_steps == 0
-    return results
-
-
-def local_or_same(value):
-    return local(value) if isinstance(value, torch.Tensor) else value
-
-
-SHARDED, FULL = ("sharded",), ("full", "broadcast")
-
-
-@pytest.mark.parametrize(
-    ("worlds", "makers", "ways"),
-    [
-        ((4, 2), (fsdp_run, fsdp_run), SHARDED + FULL),
-        ((2, 4), (fsdp_run, fsdp_run), SHARDED + FULL),
-        # A full state that every rank reads cannot go from one process to shards: torch stops at the 0-dimensional
-        # numbers, which shards keep otherwise.
-        ((1, 2), (plain_run, one_group_run), (*SHARDED, "broadcast")),
-        ((2, 1), (one_group_run, plain_run), SHARDED + FULL),
-    ],
-    ids=["4 to 2", "2 to 4", "1 to 2", "2 to 1"],
-)
-def test_another_number_of_shards_keeps_the_momentum_and_renews_the_networks(tmp_path, worlds, makers, ways):
-    (expected, *_) = run(worlds[0], saved_run, tmp_path, makers[0])
-    for results in run(worlds[1], resharded_run, tmp_path, makers[1], ways):
-        for found in results:
-            assert_same(found, expected)
-
-
-def misfits(folder):
-    """A sharded optimizer refuses, before anything has changed, what it cannot go on from."""
-    model, optimizer = one_group_run()
-    train(model, optimizer, 0, 2)
-    before = everything(model, optimizer)
-    saved = optimizer.state_dict()
-    first = saved["state"][0]
-    theta = first["theta_in_2_shards"]
-    cases = {
-        "theta_in_2_shards must be a DTensor": {"theta_in_2_shards": local(theta)},
-        r"theta_in_2_shards has shape \(\d+,\)": {
-            "theta_in_2_shards": DTensor.from_local(local(theta).repeat(2), theta.device_mesh, theta.placements)
-        },
-        "theta missing": {"theta_in_2_shards": None},
-        "momentum is a plain tensor": {"momentum": whole(first["momentum"])},
-        "format 99": {"format": 99},
-    }
-    for message, changes in cases.items():
-        entry = {name: value for name, value in {**first, **changes}.items() if value is not None}
-        with pytest.raises(ValueError, match=message):
-            optimizer.load_state_dict({**saved, "state": {**saved["state"], 0: entry}})
-        assert_same(*(pytree.tree_map(local_or_same, seen) for seen in (everything(model, optimizer), before)))
-    other = lodo.LODO(network(torch.float32).parameters())
-    with pytest.raises(ValueError, match="its parameter is a plain tensor"):
-        other.load_state_dict(saved)
-
-
-def test_a_state_that_does_not_fit_the_shards_is_refused(tmp_path):
-    run(2, misfits, tmp_path)
