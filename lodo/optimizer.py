@@ -3,7 +3,7 @@
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -14,8 +14,14 @@ from lodo import meta, state
 from lodo.flat import Place, check_parameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, kept_dtype, name_of
+from lodo.saved import check_layout
 from lodo.scalars import Number, choose, energy, is_tensor
 from lodo.step import judge, lodo_step
+
+BROKEN_OFF = (
+    "LODO's step was broken off in the middle: parameters and optimizer state may no longer fit together. Load both "
+    "from the last checkpoint; load_state_dict makes the optimizer ready again."
+)
 
 
 class LODO(Optimizer):
@@ -101,6 +107,7 @@ class LODO(Optimizer):
         check_options(defaults)
         self._live: dict[Tensor, state.GroupState] = {}
         self._has_warned = False
+        self._is_broken_off = False
         super().__init__(params, defaults)
         if isinstance(preconditioner, Preconditioner):
             # Options stay plain numbers and strings; a group added later starts with the same architecture.
@@ -176,8 +183,12 @@ class LODO(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, or for a capture that is not allowed; nothing has changed then.
+            RuntimeError: for sparse gradients, or for a capture that is not allowed; nothing has changed then. Also
+                after a step that was broken off in the middle, until a state is loaded: an exception such as
+                torch.OutOfMemoryError that comes while parameters and state change has a note that says so.
         """
+        if self._is_broken_off:
+            raise RuntimeError(BROKEN_OFF)
         is_captured = self._is_captured()
         loss = None
         if closure is not None:
@@ -190,14 +201,24 @@ class LODO(Optimizer):
             if group["maximize"]:
                 live.gradient.neg_()
             live.lr.set(group["lr"])
-        for group, live, (sound, idle) in zip(groups, states, _judge_all(groups, states), strict=True):
-            if is_tensor(sound) or not sound:
-                live.skipped.set(live.skipped.get() + (sound == 0))
-                if not is_captured:
-                    self._notice_skips(live)
-            active = sound > idle
-            if is_tensor(active) or active:
-                self._step_group(group, live, active)
+        verdicts = _judge_all(groups, states)
+        # Up to here nothing has changed. A capture only records, so that one which fails changes nothing either.
+        self._is_broken_off = not is_captured
+        try:
+            for group, live, (sound, idle) in zip(groups, states, verdicts, strict=True):
+                if is_tensor(sound) or not sound:
+                    live.skipped.set(live.skipped.get() + (sound == 0))
+                active = sound > idle
+                if is_tensor(active) or active:
+                    self._step_group(group, live, active)
+        except BaseException as error:
+            if self._is_broken_off:
+                error.add_note(BROKEN_OFF)
+            raise
+        self._is_broken_off = False
+        for live, (sound, _) in zip(states, verdicts, strict=True):
+            if not is_captured and (is_tensor(sound) or not sound):
+                self._notice_skips(live)
         return loss
 
     def _is_captured(self) -> bool:
@@ -262,13 +283,22 @@ class LODO(Optimizer):
         live.has_stepped = True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> StateDict:
+        """As torch's; warns if the last step was broken off in the middle."""
+        if self._is_broken_off:
+            warnings.warn(f"The state is not worth keeping. {BROKEN_OFF}", stacklevel=2)
+        return super().state_dict()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state dict, in its own precision: network and momentum are not cast to the parameters' dtype.
 
         Raises:
-            ValueError: if the state is not LODO's, or of another preconditioner, shape or format; nothing has changed
-                then.
+            ValueError: if the state is not LODO's, of another preconditioner, shape or format, or holds numbers that no
+                training leaves (NaN, say); nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         last = self.register_load_state_dict_pre_hook(_check_and_wrap)
         try:
             super().load_state_dict(state_dict)
@@ -284,11 +314,16 @@ class LODO(Optimizer):
                 stacklevel=2,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of an optimizer that must not go on must not either.
+        return {**super().__getstate__(), **({"_is_broken_off": True} if self._is_broken_off else {})}
+
     def __setstate__(self, saved: dict[str, Any]) -> None:
+        state.unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
         super().__setstate__(saved)
+        self._is_broken_off = saved.get("_is_broken_off", False)
         self._live = {}  # rebuilt from `self.state` when it is next needed
         self._has_warned = False
-        state.unwrap(self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, put among the defaults when they are restored
@@ -313,6 +348,7 @@ class LODO(Optimizer):
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
+        self._live.pop(group["params"][0], None)  # what stands in `self.state` counts, should this break off half-way
         if not _has_its_moments(group, live):
             live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
         live.publish(self.state, group)
@@ -323,12 +359,13 @@ class LODO(Optimizer):
 def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | None:
     """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
     groups = optimizer.param_groups
+    check_layout(state_dict)
     lengths = [len(group["params"]) for group in groups]
     if lengths != [len(group["params"]) for group in state_dict["param_groups"]]:
         return None  # torch refuses this itself
-    state.check_saved(state_dict, groups)
     for saved in state_dict["param_groups"]:
         check_options({**optimizer.defaults, **saved})
+    state.check_saved(state_dict, groups)
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
     return {**state_dict, "state": state.wrap(state.without_misfits(state_dict, groups), ids)}
 
