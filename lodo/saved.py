@@ -79,7 +79,7 @@ def check_numbers(what: str, value: Tensor, low: float = -math.inf, whole: bool 
         return
     least, most = (float(bound) for bound in part.aminmax())
     if not math.isfinite(least) or not math.isfinite(most):
-        raise ValueError(f"{what} holds NaN or infinity in the saved state, which no step leaves; nothing was loaded")
+        raise ValueError(f"{what} holds NaN or infinity in the saved state, which no training leaves")
     if least < low or (whole and least != int(least)):
         allowed = "a whole number" if whole else "numbers"
-        raise ValueError(f"{what} must hold {allowed} >= {low:g} in the saved state, got {least!r}; nothing was loaded")
+        raise ValueError(f"{what} must hold {allowed} >= {low:g} in the saved state, got {least:g}")
