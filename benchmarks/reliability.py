@@ -79,12 +79,12 @@ def rows_of_corruption(found: dict[str, Record]) -> list[Row]:
         outcomes.setdefault(kind, Counter())[record["outcome"]] += 1
         if "torch alone" in record:
             alone.setdefault(kind, Counter())[record["torch alone"]] += 1
+    notes = {kind: f" (`torch.load` and `load_state_dict` alone: {tally(counter)})" for kind, counter in alone.items()}
     return [
         (
             f"checkpoint: {kind}",
             f"{counter.total():,}",
-            tally(counter)
-            + (f" (`torch.load` and `load_state_dict` alone: {tally(alone[kind])})" if kind in alone else ""),
+            tally(counter) + notes.get(kind, ""),
             lost(counter, corruption.GOOD),
         )
         for kind, counter in outcomes.items()

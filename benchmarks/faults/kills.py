@@ -48,7 +48,7 @@ class Watched(Run):
         return fingerprint([self.model.state_dict(), self.optimizer.state_dict(), self.losses])
 
 
-def victim(path: Path, wire: Connection, is_reference: bool) -> None:
+def victim(path: Path, wire: Connection, steps: int, is_reference: bool) -> None:
     """The process: it goes on from the checkpoint, if there is one, and trains to the end.
 
     The reference tells what it has after every step.
@@ -67,22 +67,22 @@ def victim(path: Path, wire: Connection, is_reference: bool) -> None:
         return
     wire.send(("loaded", run.step, run.digest()))
     if is_reference:
-        for step in range(1, STEPS + 1):
-            train(run, data, step, path, checkpoint_every=STEPS)
+        for step in range(1, steps + 1):
+            train(run, data, step, path, checkpoint_every=steps)
             wire.send(("state", step, run.digest()))
-    train(run, data, STEPS, path, checkpoint_every=1)
+    train(run, data, steps, path, checkpoint_every=1)
     wire.send(("end", run.step, run.digest()))
 
 
 class Process:
     """A training process and what it said."""
 
-    def __init__(self, path: Path, is_reference: bool = False) -> None:
+    def __init__(self, path: Path, steps: int, is_reference: bool = False) -> None:
         os.environ["TQDM_DISABLE"] = "1"
         context = multiprocessing.get_context("forkserver")  # the processes start with these modules loaded
         context.set_forkserver_preload([__name__, "sklearn.datasets", "torch._dynamo"])
         self.wire, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=victim, args=(path, theirs, is_reference))
+        self.process = context.Process(target=victim, args=(path, theirs, steps, is_reference))
         self.process.start()
         theirs.close()
         self.said: list[tuple[str, int, str]] = []
@@ -119,15 +119,15 @@ class Process:
 
 
 @functools.cache
-def reference() -> dict[int, str]:
+def reference(steps: int) -> dict[int, str]:
     """The digest after every step of a run that nobody kills."""
     with tempfile.TemporaryDirectory() as folder:
-        process = Process(Path(folder) / "lodo.pt", is_reference=True)
+        process = Process(Path(folder) / "lodo.pt", steps, is_reference=True)
         process.hear_until("end")
         process.kill()
         found = {step: digest for word, step, digest in process.said if word in ("loaded", "state")}
-    if len(found) != STEPS + 1:
-        raise RuntimeError(f"the run that nobody kills ended after {len(found) - 1} of {STEPS} steps")
+    if len(found) != steps + 1:
+        raise RuntimeError(f"the run that nobody kills ended after {len(found) - 1} of {steps} steps")
     return found
 
 
@@ -135,10 +135,10 @@ def cases(kills: int) -> list[str]:
     return [f"chain {number}" for number in range(-(-kills // KILLS_PER_CHAIN))]
 
 
-def run(name: str, seed: int, kills: int = KILLS_PER_CHAIN) -> dict[str, Any]:
-    """One training, killed `kills` times; what was found after each kill, and at the end."""
+def run(name: str, seed: int, kills: int = KILLS_PER_CHAIN, steps: int = STEPS) -> dict[str, Any]:
+    """One training of `steps` steps, killed `kills` times; what was found after each kill, and at the end."""
     chance = random.Random(f"{seed} {name}")
-    expected = reference()
+    expected = reference(steps)
     counts = {"kills": 0, "within a save": 0, "left a part of a file": 0}
     outcomes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +146,7 @@ def run(name: str, seed: int, kills: int = KILLS_PER_CHAIN) -> dict[str, Any]:
         saved = 0
         while counts["kills"] < kills:
             parts = len(list(path.parent.glob("*.part")))
-            process = Process(path)
+            process = Process(path, steps)
             if not wait(process, chance):
                 process.kill()
                 outcomes.append(found_by(process, saved, expected))
@@ -157,7 +157,7 @@ def run(name: str, seed: int, kills: int = KILLS_PER_CHAIN) -> dict[str, Any]:
             counts["kills"] += 1
             counts["within a save"] += process.last("saving") > process.last("saved")
             counts["left a part of a file"] += len(list(path.parent.glob("*.part"))) > parts
-        last = Process(path)
+        last = Process(path, steps)
         last.hear_until("end")
         last.kill()
         outcomes.append(found_by(last, saved, expected))
@@ -166,7 +166,7 @@ def run(name: str, seed: int, kills: int = KILLS_PER_CHAIN) -> dict[str, Any]:
     return {
         **counts,
         "outcomes": {outcome: outcomes[1:].count(outcome) for outcome in sorted(set(outcomes[1:]))},
-        "the end is that of a run nobody killed": end == [expected[STEPS]],
+        "the end is that of a run nobody killed": end == [expected[steps]],
     }
 
 
