@@ -24,9 +24,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import lodo
+from examples.checkpoints import write_whole
 from examples.image_data import batches, digits
 from examples.paper.tasks.bowl import NoisyBowl
-from examples.train_classifier import number, write_whole
+from examples.train_classifier import number
 
 LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # quantiles that are drawn
 COLOR = "#0072B2"

@@ -16,14 +16,12 @@ import argparse
 import itertools
 import json
 import math
-import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +36,7 @@ if not __package__:  # run as a file, which puts this folder on the path in plac
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lodo
+from examples import checkpoints
 from examples.image_data import CLASSES, ImageData, batches, digits, mnist
 
 LABELS = {"lodo": "LODO", "adamw": "AdamW", "sgd": "SGD with momentum"}
@@ -165,39 +164,33 @@ class Run:
             "seconds": self.seconds,
             "optimizer_seconds": self.optimizer_seconds,
         }
-        write_whole(path, lambda part: torch.save(content, part))
+        checkpoints.save(path, content)
 
     def load(self, path: Path) -> Self:
-        """Takes up the state in a checkpoint.
+        """Takes up the state in a checkpoint, all of it or nothing.
 
         Raises:
-            ValueError: if it cannot be read or was written with other settings.
+            ValueError: if it cannot be read, is damaged, or was written with other settings.
         """
-        try:
-            content = torch.load(path, map_location=self.device, weights_only=True)
-            saved = content["settings"]
-        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is no checkpoint of this program, or damaged ({headline(error)})") from error
+        content = checkpoints.load(path, self.device)
+        saved: dict[str, Any] = content.get("settings", {})
+        losses, seconds, total = (content.get(name) for name in ("losses", "seconds", "optimizer_seconds"))
+        if not isinstance(saved, dict) or not is_curve(losses) or not is_curve(seconds) or not isinstance(total, float):
+            raise ValueError(f"{path} is no checkpoint of this program")
         for key, value in {"optimizer": self.name, **asdict(self.settings)}.items():
             if saved.get(key) != value:
                 raise ValueError(f"{path} was written with {key} = {saved.get(key)!r}, this run has {value!r}")
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.losses, self.seconds = content["losses"], content["seconds"]
-        self.optimizer_seconds = content["optimizer_seconds"]
+        has_diverged = len(losses) > 0 and not math.isfinite(losses[-1])
+        parts: list[checkpoints.Part] = [(self.model, content.get("model"))]
+        if not has_diverged:  # else it takes no more steps, and LODO refuses a state with NaN
+            parts.append((self.optimizer, content.get("optimizer")))
+        checkpoints.load_together(path, parts)
+        self.losses, self.seconds, self.optimizer_seconds = losses, seconds, total
         return self
 
 
-def headline(error: Exception) -> str:
-    """The first line of an error that torch explains at length, or its name where it does not."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file that replaces `path` in one go: an interruption leaves the old one."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+def is_curve(value: Any) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and all(isinstance(number, float) for number in value)
 
 
 def warm_up(run: Run, data: ImageData) -> None:
@@ -310,7 +303,7 @@ def usable_device(text: str) -> str:
         return str(probe.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         allowed = "must be a device torch can use here"
-        raise argparse.ArgumentTypeError(f"{allowed}, got {text!r} ({headline(error)})") from error
+        raise argparse.ArgumentTypeError(f"{allowed}, got {text!r} ({checkpoints.headline(error)})") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -389,12 +382,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if options.resume and run.step == 0:
             print(f"{LABELS[run.name]}: no checkpoint in {options.out}, starts from the beginning")
+        checkpoint = options.out / f"{run.name}.pt"
+        checkpoints.remove_parts(checkpoint)
         warm_up(run, data)
-        train(run, data, options.steps, options.out / f"{run.name}.pt", options.checkpoint_every)
+        train(run, data, options.steps, checkpoint, options.checkpoint_every)
     results = [summarise(run, data) for run in runs]
-    write_whole(options.out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+    text = json.dumps(results, indent=2) + "\n"
+    checkpoints.write_whole(options.out / "results.json", lambda part: part.write_text(text))
     title = f"An MLP on {task.title}, {options.batch_size} images a step"
-    write_whole(options.out / "curves.png", lambda part: plot(runs, title, part))
+    checkpoints.write_whole(options.out / "curves.png", lambda part: plot(runs, title, part))
     print(f"\n{table(results)}\n\nCurves, results and checkpoints are in {options.out}.")
 
 

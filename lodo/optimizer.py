@@ -1,21 +1,26 @@
 """The optimizer `lodo.LODO`: arguments, param groups, closure, the call of a step. No mathematics."""
 
-import math
-import numbers
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from lodo import diagnostics, meta, state
+from lodo import diagnostics, state
 from lodo.flat import Place, check_parameters
-from lodo.preconditioners import BY_NAME, Preconditioner
-from lodo.rounding import DTYPES, kept_dtype, name_of
+from lodo.options import check_options
+from lodo.preconditioners import Preconditioner
+from lodo.rounding import kept_dtype, name_of
+from lodo.saved import check_layout
 from lodo.scalars import Number, choose, energy, is_tensor
 from lodo.step import judge, lodo_step, shorten_
+
+BROKEN_OFF = (
+    "LODO's step was broken off in the middle: parameters and optimizer state may no longer fit together. Load both "
+    "from the last checkpoint; load_state_dict makes the optimizer ready again."
+)
 
 
 class LODO(Optimizer):
@@ -111,6 +116,7 @@ class LODO(Optimizer):
         check_options(defaults)
         self._live: dict[Tensor, state.GroupState] = {}
         self._has_warned = False
+        self._is_broken_off = False
         super().__init__(params, defaults)
         if isinstance(preconditioner, Preconditioner):
             # Options stay plain numbers and strings; a group added later starts with the same architecture.
@@ -215,8 +221,12 @@ class LODO(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients, parameters without data, state of other groups, or a capture that is not
-                allowed; nothing has changed then.
+                allowed; nothing has changed then. Also after a step that was broken off in the middle, until a state is
+                loaded: an exception such as torch.OutOfMemoryError that comes while parameters and state change has a
+                note that says so.
         """
+        if self._is_broken_off:
+            raise RuntimeError(BROKEN_OFF)
         is_captured = self._is_captured()
         loss = None
         if closure is not None:
@@ -229,14 +239,24 @@ class LODO(Optimizer):
             if group["maximize"]:
                 live.gradient.neg_()
             live.lr.set(group["lr"])
-        for group, live, (sound, idle) in zip(groups, states, _judge_all(groups, states), strict=True):
-            if is_tensor(sound) or not sound:
-                live.skipped.set(live.skipped.get() + (sound == 0))
-                if not is_captured:
-                    self._notice_skips(live)
-            active = sound > idle
-            if is_tensor(active) or active:
-                self._step_group(group, live, active)
+        verdicts = _judge_all(groups, states)
+        # Up to here nothing has changed. A capture only records, so that one which fails changes nothing either.
+        self._is_broken_off = not is_captured
+        try:
+            for group, live, (sound, idle) in zip(groups, states, verdicts, strict=True):
+                if is_tensor(sound) or not sound:
+                    live.skipped.set(live.skipped.get() + (sound == 0))
+                active = sound > idle
+                if is_tensor(active) or active:
+                    self._step_group(group, live, active)
+        except BaseException as error:
+            if self._is_broken_off:
+                error.add_note(BROKEN_OFF)
+            raise
+        self._is_broken_off = False
+        for live, (sound, _) in zip(states, verdicts, strict=True):
+            if not is_captured and (is_tensor(sound) or not sound):
+                self._notice_skips(live)
         return loss
 
     def _is_captured(self) -> bool:
@@ -312,13 +332,22 @@ class LODO(Optimizer):
         live.has_stepped = True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> StateDict:
+        """As torch's; warns if the last step was broken off in the middle."""
+        if self._is_broken_off:
+            warnings.warn(f"The state is not worth keeping. {BROKEN_OFF}", stacklevel=2)
+        return super().state_dict()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state dict, in its own precision: network and momentum are not cast to the parameters' dtype.
 
         Raises:
-            ValueError: if the state is not LODO's, or of another preconditioner, shape or format; nothing has changed
-                then.
+            ValueError: if the state is not LODO's, of another preconditioner, shape or format, or holds numbers that no
+                training leaves (NaN, say); nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         last = self.register_load_state_dict_pre_hook(_check_and_wrap)
         try:
             super().load_state_dict(state_dict)
@@ -341,11 +370,16 @@ class LODO(Optimizer):
                 stacklevel=2,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of an optimizer that must not go on must not either.
+        return {**super().__getstate__(), **({"_is_broken_off": True} if self._is_broken_off else {})}
+
     def __setstate__(self, saved: dict[str, Any]) -> None:
+        state.unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
         super().__setstate__(saved)
+        self._is_broken_off = saved.get("_is_broken_off", False)
         self._live = {}  # rebuilt from `self.state` when it is next needed
         self._has_warned = False
-        state.unwrap(self.state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, put among the defaults when they are restored
@@ -369,6 +403,7 @@ class LODO(Optimizer):
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
+        self._live.pop(group["params"][0], None)  # what stands in `self.state` counts, should this break off half-way
         if not _has_its_moments(group, live):
             live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
         live.publish(self.state, group)
@@ -379,6 +414,7 @@ class LODO(Optimizer):
 def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | None:
     """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
     groups = optimizer.param_groups
+    check_layout(state_dict)
     lengths = [len(group["params"]) for group in groups]
     if lengths != [len(group["params"]) for group in state_dict["param_groups"]]:
         return None  # torch refuses this itself
@@ -427,67 +463,3 @@ def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> 
     for live, (sound, _) in zip(states, verdicts, strict=True):
         together[live.flat.place] = sound & together.get(live.flat.place, True)
     return [(together[live.flat.place], idle) for live, (_, idle) in zip(states, verdicts, strict=True)]
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuses options of a param group that are out of range.
-
-    Raises:
-        ValueError: naming the option, its value and what is allowed.
-    """
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        if lr.dtype == torch.bool or lr.is_complex() or lr.layout != torch.strided:
-            raise ValueError(f"Tensor lr must be dense and of real numbers, got {lr!r}")
-        lr = lr.item() if lr.device.type == "cpu" else 0.0  # a value on an accelerator is not waited for
-    _check_number("lr", lr, 0, math.inf)
-    _check_number("meta_lr", options["meta_lr"], 0, math.inf)
-    _check_number("beta", options["beta"], 0, 1)
-    _check_number("weight_decay", options["weight_decay"], 0, math.inf)
-    _check_number("expansion", options["expansion"], 1, math.inf)
-    if options["max_step_norm"] is not None:
-        _check_number("max_step_norm", options["max_step_norm"], 0, math.inf, " or None")
-    if options["max_condition"] is not None:
-        _check_number("max_condition", options["max_condition"], 1, math.inf, " or None")
-        kind = options["preconditioner"]
-        if (kind.kind if isinstance(kind, Preconditioner) else kind) == "residual" or options["capturable"]:
-            raise ValueError(
-                "max_condition must be None with preconditioner='residual', which has no such bound, and with "
-                f"capturable=True, for it waits for the device; got {options['max_condition']!r}"
-            )
-    if not isinstance(options["preconditioner"], Preconditioner):
-        _check_choice("preconditioner", options["preconditioner"], tuple(BY_NAME))
-    _check_choice("permutation", options["permutation"], ("random", "shuffle"))
-    _check_choice("meta_optimizer", options["meta_optimizer"], meta.KINDS)
-    for name in ("meta_state_dtype", "momentum_dtype"):
-        _check_choice(name, name_of(options[name]), tuple(DTYPES))
-    _check_integer("meta_every", options["meta_every"], 1)
-    if options["depth"] is not None:
-        _check_integer("depth", options["depth"], 0)
-    _check_integer("block_size", options["block_size"], 1)
-    _check_integer("seed", options["seed"], 0)
-    for name in ("maximize", "capturable"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be a bool, got {options[name]!r}")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, others: str = "") -> None:
-    try:
-        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not low <= number < high:
-        upper = "finite" if high == math.inf else f"< {high}"
-        raise ValueError(f"{name} must be a number >= {low} and {upper}{others}, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
-        raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
-    if not isinstance(value, str | None) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -18,6 +18,7 @@ as one) is loaded without its networks, which start anew. FSDP1's parameters do 
 "fsdp1_rank" holds the rank and the number of ranks.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from lodo import kernels, meta
 from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import kept_dtype
+from lodo.saved import COMPUTED, KEPT, check_names, check_numbers, check_tensor
 from lodo.scalars import Cell
 from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1, shown_as
 
@@ -41,6 +43,7 @@ OTHER_GROUPS = (
     "the state of a param group is that of other groups, whose networks act on other parameters; "
     "ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"
 )
+ENTRY_KEYS = ("momentum", "format", "shards", "fsdp1_rank", "theta", "permutations", *MOMENT_KEYS, *COUNT_KEYS)
 
 State = dict[Any, dict[str, Any]]
 
@@ -337,7 +340,7 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
 
     Raises:
         ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, or
-            is of another format, preconditioner or shape.
+            is of another format, preconditioner or shape, or holds what no training leaves.
     """
     for index, (saved_group, group) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         kind = saved_group.get("preconditioner", group["preconditioner"])
@@ -350,7 +353,9 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
         if any(entries):
             _check_group(f"param group {index}", entries, group)
             # The saved options will replace the present ones, so they have to describe the saved network too.
-            _check_group(f"param group {index}", entries, {**group, **saved_group, "params": group["params"]})
+            described = {**group, **saved_group, "params": group["params"]}
+            _check_group(f"param group {index}", entries, described)
+            _check_values(f"param group {index}", entries, described)
 
 
 def amended(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
@@ -381,14 +386,15 @@ def _is_misfit(entry: dict[str, Any], sharding: Sharding | None) -> bool:
     return found != (1 if sharding is None else sharding.shards)
 
 
+def _first(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entry with what was saved for the group; the first one if there is none."""
+    return next((entry for entry in entries if "format" in entry), entries[0])
+
+
 def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    first, params = next((entry for entry in entries if "format" in entry), entries[0]), group["params"]
+    first, params = _first(entries), group["params"]
     sharding, size = Sharding.of(params), _local_size(params)
-    if "format" in first and not (isinstance(first["format"], int) and first["format"] in READABLE):
-        raise ValueError(
-            f"{where}: the state has format {first['format']!r}, this version of lodo reads formats 1 to "
-            f"{READABLE[-1]}; load it with the version of lodo that wrote it"
-        )
+    _check_kind(where, first)
     is_misfit = "format" in first and _is_misfit(first, sharding)
     if sharding is not None and not is_misfit:
         sharding.check_saved(where, first, shapes(sharding.largest, group))
@@ -400,21 +406,21 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
         what = f"{where}, parameter {number}: momentum"
         if _may_lack_momentum(p, entry):
             continue
-        _check_tensor(what, entry.get("momentum"), tuple(p.shape))
+        check_tensor(what, entry.get("momentum"), tuple(p.shape), KEPT)
         check_saved_like(what, entry["momentum"], p)
     if is_misfit:
         return
     _check_fsdp1_rank(where, first.get("fsdp1_rank"), rank_of_fsdp1(params))
     shape = BY_NAME[group["preconditioner"]].theta_shape(size, group)
-    _check_tensor(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape)
+    check_tensor(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape, COMPUTED)
     if any(name in first for name in MOMENT_KEYS):
         for name in MOMENT_KEYS:
-            _check_tensor(f"{where}: {name}", first.get(name), shape)
+            check_tensor(f"{where}: {name}", first.get(name), shape, KEPT)
     for name in ("meta_step", "last_lr"):
-        _check_tensor(f"{where}: {name}", first[name], ())
-    _check_tensor(f"{where}: skipped", first["skipped"], (), torch.int64)
+        check_tensor(f"{where}: {name}", first[name], (), COMPUTED)
+    check_tensor(f"{where}: skipped", first["skipped"], (), (torch.int64,))
     if first["format"] > 1:
-        _check_tensor(f"{where}: steps", first.get("steps"), (), torch.int64)
+        check_tensor(f"{where}: steps", first.get("steps"), (), (torch.int64,))
     _check_permutations(where, first.get("permutations"), size, group)
 
 
@@ -429,14 +435,43 @@ def _check_fsdp1_rank(where: str, value: Any, own: tuple[int, int] | None) -> No
         )
 
 
-def _check_tensor(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    """Refuses what is no tensor of this shape and dtype; None stands for the floating dtypes."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{what} must be a tensor, got {value!r} in the saved state")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{what} has shape {tuple(value.shape)} in the saved state, this optimizer expects {shape}")
-    if value.dtype != dtype if dtype is not None else not value.is_floating_point():
-        raise ValueError(f"{what} has dtype {value.dtype} in the saved state, expected {dtype or 'a floating one'}")
+def _check_kind(where: str, entry: dict[str, Any]) -> None:
+    """Refuses another format, and marks of one that are no integers."""
+    found = entry.get("format", FORMAT)
+    if type(found) is not int or found not in READABLE:
+        raise ValueError(
+            f"{where}: the state has format {found!r}, this version of lodo reads formats 1 to "
+            f"{READABLE[-1]}; load it with the version of lodo that wrote it"
+        )
+    if "shards" in entry:
+        check_tensor(f"{where}: shards", entry["shards"], (1,), (torch.int64,))
+
+
+def _check_values(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    """Refuses numbers that no training leaves, and names that nothing reads, in a state that fits."""
+    first = _first(entries)
+    for number, entry in enumerate(entries):
+        what = f"{where}, parameter {number}"
+        check_names(what, entry, ENTRY_KEYS if entry is first else ENTRY_KEYS[:1])
+        if "momentum" in entry:
+            check_numbers(f"{what}: momentum", entry["momentum"])
+    params = group["params"]
+    sharding = Sharding.of(params)
+    if _is_misfit(first, sharding):
+        return
+    kept = first if sharding is None else sharding.opened(first, shapes(_local_size(params), group))
+    # Those that must be there have been looked for; a group that never learned has no moments.
+    for name, low in (("theta", -math.inf), (MOMENT_KEYS[0], -math.inf), (MOMENT_KEYS[1], 0), ("last_lr", -math.inf)):
+        if name in kept:
+            check_numbers(f"{where}: {name}", kept[name], low)
+    for name in ("meta_step", "skipped", "steps"):
+        if name in kept:
+            check_numbers(f"{where}: {name}", kept[name], 0, whole=True)
+    is_adam = group["meta_optimizer"] == "adam" and group["meta_lr"] > 0
+    if is_adam and MOMENT_KEYS[0] not in kept and int(kept["meta_step"]) > 0:
+        raise ValueError(
+            f"{where}: {' and '.join(MOMENT_KEYS)} are missing in the saved state of an inner Adam that has learned"
+        )
 
 
 def _check_permutations(where: str, value: Any, size: int, group: dict[str, Any]) -> None:
@@ -449,7 +484,7 @@ def _check_permutations(where: str, value: Any, size: int, group: dict[str, Any]
         )
     if shape is None:
         return
-    _check_tensor(f"{where}: permutations", value, shape, torch.int32)
+    check_tensor(f"{where}: permutations", value, shape, (torch.int32,))
     for row in value:
         seen = torch.zeros(shape[1], dtype=torch.bool, device="cpu")
         if not 0 <= row.min() <= row.max() < shape[1] or not seen.index_fill_(0, row.cpu().long(), True).all():

@@ -1,13 +1,13 @@
 """One experiment as it was asked for: its tuned hyperparameters, and the runs it is made of."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.checkpoints import write_whole
 from examples.paper.experiments import Experiment
 from examples.paper.optimizers import defaults, entry
 from examples.paper.runs import Job, Place
@@ -52,9 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces the file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_tuned(plan: Plan) -> Tuned:

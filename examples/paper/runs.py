@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import lodo
+from examples import checkpoints
 from examples.paper.optimizers import make_optimizer, make_step
 from examples.paper.tasks import Task, make_task
 
@@ -275,16 +276,13 @@ def _synchronise(task: Task) -> None:
 
 
 def _save(path: Path, recorder: Recorder, task: Task, optimizer: torch.optim.Optimizer) -> None:
-    """Replaces the checkpoint in one move, so that a kill at any moment leaves a whole one."""
     state = {"recorder": recorder.state_dict(), "task": task.state_dict(), "optimizer": optimizer.state_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    checkpoints.save(path, state)
 
 
 def _restore(path: Path, recorder: Recorder, task: Task, optimizer: torch.optim.Optimizer) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoints.load(path)
     task.load_state_dict(state["task"])
     optimizer.load_state_dict(state["optimizer"])
     recorder.load_state_dict(state["recorder"])
@@ -374,6 +372,7 @@ def run_all(jobs: Iterable[Job], path: Path, place: Place, workers: int) -> list
             append_result(path, outcome)
             if checkpoint := place.checkpoint(job):
                 checkpoint.unlink(missing_ok=True)
+                checkpoints.remove_parts(checkpoint)
             bar.set_postfix_str(f"{job.label}, seed {job.seed}: {describe(outcome)}")
     if errors:
         job, error = errors[0]

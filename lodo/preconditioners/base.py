@@ -1,5 +1,6 @@
 """What a preconditioner is: a learned symmetric operator on R^n that stands in for the inverse Hessian."""
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -159,5 +160,7 @@ def check_size(size: Any, padded: int) -> int:
 
 def padded_size(size: int, expansion: float, block: int) -> int:
     """n~, the smallest multiple of `block` that is at least expansion * size."""
+    if not expansion * size < sys.float_info.max:
+        raise ValueError(f"expansion times the number of parameters must be finite, got {expansion!r} times {size}")
     # A ratio n~ / n is a legal expansion and must give n~ back in spite of rounding.
     return block * max(1, -int(-(expansion * size * (1 - 1e-12)) // block))

@@ -1,0 +1,76 @@
+"""The options of a param group: which values are allowed, and the errors that say so."""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lodo import meta
+from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.rounding import DTYPES, name_of
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses options of a param group that are out of range.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if lr.dtype == torch.bool or lr.is_complex() or lr.layout != torch.strided:
+            raise ValueError(f"Tensor lr must be dense and of real numbers, got {lr!r}")
+        lr = lr.item() if lr.device.type == "cpu" else 0.0  # a value on an accelerator is not waited for
+    _check_number("lr", lr, 0, math.inf)
+    _check_number("meta_lr", options["meta_lr"], 0, math.inf)
+    _check_number("beta", options["beta"], 0, 1)
+    _check_number("weight_decay", options["weight_decay"], 0, math.inf)
+    _check_number("expansion", options["expansion"], 1, math.inf)
+    if options["max_step_norm"] is not None:
+        _check_number("max_step_norm", options["max_step_norm"], 0, math.inf, " or None")
+    if options["max_condition"] is not None:
+        _check_number("max_condition", options["max_condition"], 1, math.inf, " or None")
+        kind = options["preconditioner"]
+        if (kind.kind if isinstance(kind, Preconditioner) else kind) == "residual" or options["capturable"]:
+            raise ValueError(
+                "max_condition must be None with preconditioner='residual', which has no such bound, and with "
+                f"capturable=True, for it waits for the device; got {options['max_condition']!r}"
+            )
+    if not isinstance(options["preconditioner"], Preconditioner):
+        _check_choice("preconditioner", options["preconditioner"], tuple(BY_NAME))
+    _check_choice("permutation", options["permutation"], ("random", "shuffle"))
+    _check_choice("meta_optimizer", options["meta_optimizer"], meta.KINDS)
+    for name in ("meta_state_dtype", "momentum_dtype"):
+        _check_choice(name, name_of(options[name]), tuple(DTYPES))
+    _check_integer("meta_every", options["meta_every"], 1)
+    if options["depth"] is not None:
+        _check_integer("depth", options["depth"], 0)
+    _check_integer("block_size", options["block_size"], 1)
+    _check_integer("seed", options["seed"], 0)
+    for name in ("maximize", "capturable"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be a bool, got {options[name]!r}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, others: str = "") -> None:
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not low <= number < high:
+        upper = "finite" if high == math.inf else f"< {high}"
+        raise ValueError(f"{name} must be a number >= {low} and {upper}{others}, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
+        raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
+    if not isinstance(value, str | None) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
