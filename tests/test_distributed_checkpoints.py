@@ -117,9 +117,9 @@ def resumed_in_all_ways(folder, cases):
             2,
             (
                 (ddp_run, tuple(WAYS)),
-                (fsdp_run, tuple(WAYS)),
+                (fsdp_run, ("sharded", "flat", "full", "broadcast")),
                 (bfloat16_run, ("sharded",)),
-                (frozen_run, ("sharded", "trained only", "gathered")),
+                (frozen_run, ("sharded", "offloaded", "trained only", "gathered")),
             ),
         ),
         (4, ((hsdp_run, ("sharded", "full")), (two_dimensional_run, ("sharded", "flat", "full", "broadcast")))),

@@ -362,5 +362,5 @@ def test_a_damaged_state_is_refused_and_nothing_changes_or_it_can_be_gone_on_wit
         optimizer.step()
         assert not torch.equal(params[0], before[0][0])
     else:
-        assert name in refused
+        assert name.removesuffix("s") in refused  # permutations may be missed under their option's name
         assert_same(everything(params, optimizer), before)
