@@ -14,7 +14,7 @@ from torch import Tensor
 from lodo import meta
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import random_words, to_bfloat16
-from lodo.step import lodo_step
+from lodo.step import lodo_step, shorten_
 
 Gradients = Sequence[Tensor | None]
 
@@ -88,11 +88,16 @@ class Replay:
         self.meta_step += learning and options["meta_lr"] > 0
         moments = self.moments if self.uses_moments else None
         scalars = [number(value) for value in (self.meta_step, self.last_lr, lr, True, learning)]
-        chosen = {name: options[name] for name in ("beta", "meta_lr", "meta_optimizer")}
+        chosen = {name: options[name] for name in ("beta", "meta_lr", "meta_optimizer", "max_condition")}
         step = lodo_step(gradient, momentum, self.network, moments, *scalars, **chosen)
         words = random_words(0, self.size, -self.steps, gradient.device)
         self.momentum = to_bfloat16(momentum, words) if options["momentum_dtype"] == "bfloat16" else momentum
         self.last_lr = lr
+        if options["max_step_norm"] is not None:
+            given = zip(self.values, gradients, strict=True)
+            x = self.flat([None if gradient is None else value for value, gradient in given])
+            step *= self.flat([None if gradient is None else torch.ones_like(gradient) for gradient in gradients])
+            self.last_lr = lr * float(shorten_(step, x, options["max_step_norm"]))
         if options["weight_decay"]:
             step += self.flat(self.values) * (lr * options["weight_decay"])
         parts = step.split([value.numel() for value in self.values])

@@ -77,6 +77,8 @@ RATES: dict[str, st.SearchStrategy[Any]] = {
     "meta_every": st.sampled_from((1, 2, 3)),
     "meta_state_dtype": st.sampled_from((None, "bfloat16")),
     "momentum_dtype": st.sampled_from((None, "bfloat16")),
+    "max_step_norm": st.sampled_from((None, 0.0, 0.01, 1.0)),
+    "max_condition": st.sampled_from((None, 1, 1.5, 100.0)),
     "maximize": st.booleans(),
 }
 
@@ -84,6 +86,17 @@ RATES: dict[str, st.SearchStrategy[Any]] = {
 def rates() -> st.SearchStrategy[dict[str, Any]]:
     """The options of a param group that have nothing to do with the shape of its network, but for lr."""
     return st.fixed_dictionaries({}, optional=RATES)
+
+
+def options() -> st.SearchStrategy[dict[str, Any]]:
+    """All the options of a param group but for lr."""
+    return st.builds(dict.__or__, architectures(), rates()).map(possible)
+
+
+def possible(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the one that "residual" refuses."""
+    is_refused = options["preconditioner"] == "residual"
+    return {name: value for name, value in options.items() if not (is_refused and name == "max_condition")}
 
 
 def learning_rates() -> st.SearchStrategy[Any]:

@@ -33,7 +33,7 @@ changes = st.sampled_from(sorted(draw.RATES)).flatmap(lambda name: st.tuples(st.
 groups = st.fixed_dictionaries(
     {
         "plans": st.lists(draw.plans, min_size=1, max_size=3),
-        "options": st.builds(dict.__or__, draw.architectures(), draw.rates()),
+        "options": draw.options(),
         "lr": draw.learning_rates(),
         "is_learned": st.booleans(),
     }
@@ -212,8 +212,9 @@ class CallOrders(RuleBasedStateMachine):
     @rule(index=which, change=changes)
     def set_option(self, index: int, change: tuple[str, Any]) -> None:
         index %= len(self.groups)
-        self.optimizer.param_groups[index].update([change])
-        self.groups[index].options.update([change])
+        if change[0] in draw.possible({**self.groups[index].options, **dict([change])}):
+            self.optimizer.param_groups[index].update([change])
+            self.groups[index].options.update([change])
 
     @rule()
     def schedule(self) -> None:

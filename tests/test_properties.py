@@ -179,7 +179,7 @@ def test_a_vector_may_be_of_any_dtype_and_layout_and_is_not_written(g, kernel, d
 
 @given(
     plans=LENGTHS,
-    options=st.builds(dict.__or__, draw.architectures(), draw.rates()),
+    options=draw.options(),
     dtype=draw.wide_dtypes,
     kernel=draw.kernels,
 )
@@ -203,7 +203,7 @@ def test_parameters_of_a_group_are_one_vector(plans, options, dtype, kernel):
 
 @given(
     plans=st.tuples(draw.plans, draw.plans, draw.plans),
-    options=st.lists(st.builds(dict.__or__, draw.architectures(), draw.rates()), min_size=3, max_size=3),
+    options=st.lists(draw.options(), min_size=3, max_size=3),
     order=st.permutations(range(3)),
     bad=st.none() | st.integers(0, 2),
 )
@@ -228,7 +228,7 @@ def test_the_order_of_groups_does_not_matter(plans, options, order, bad):
 
 @given(
     plans=LENGTHS,
-    options=st.builds(dict.__or__, draw.architectures(), draw.rates()),
+    options=draw.options(),
     bad=st.sampled_from((float("nan"), float("inf"), -float("inf"), 3e38, 1e300)),
     at=st.integers(0, 99),
     steps=st.integers(0, 2),
@@ -290,6 +290,8 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "meta_every": no_integers | st.integers(max_value=0) | st.none(),
     "meta_state_dtype": wrong_dtypes,
     "momentum_dtype": wrong_dtypes,
+    "max_step_norm": (wrong_numbers | st.just(torch.tensor(0.5))).filter(lambda value: value is not None),
+    "max_condition": (wrong_numbers | st.floats(0, 1, exclude_max=True)).filter(lambda value: value is not None),
     "maximize": st.sampled_from((None, 0, 1, "yes", np.bool_(True), torch.tensor(True))),
     "capturable": st.sampled_from((None, 0, 1, "yes", np.bool_(True), torch.tensor(True))),
     "seed": no_integers | st.integers(max_value=-1) | st.none(),
