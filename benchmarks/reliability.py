@@ -11,6 +11,7 @@ code is 1 if anything was lost. docs/reliability.md says what the parts are and 
 
 import argparse
 import json
+import math
 import platform
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import lodo
-from benchmarks.faults import bad_gradients, broken_steps, corruption, kills
+from benchmarks.faults import bad_gradients, broken_steps, corruption, divergence, kills
 from examples.checkpoints import write_whole
 
 OUT = Path(__file__).parent / "results" / "reliability"
@@ -119,6 +120,21 @@ def rows_of_broken_steps(found: dict[str, Record]) -> list[Row]:
     ]
 
 
+def rows_of_divergence(found: dict[str, Record]) -> list[Row]:
+    losses: dict[str, list[float]] = {}
+    for name, record in found.items():
+        value = math.inf if record["diverged"] else record["final loss"]
+        losses.setdefault(name.rsplit("; ", 1)[0], []).append(value)
+    rows: list[Row] = []
+    for what, values in losses.items():
+        diverged = values.count(math.inf)
+        ended = f"diverged: {diverged}"
+        if finished := sorted(value for value in values if value < math.inf):
+            ended += f", final loss: {finished[0]:.2g} to {finished[-1]:.2g}"
+        rows.append((what.replace("; ", ", "), f"{len(values):,}", ended, 0))
+    return rows
+
+
 PARTS = {
     "kills": Part(
         lambda options: kills.cases(options.kills), lambda name, options: kills.run(name, options.seed), rows_of_kills
@@ -135,6 +151,9 @@ PARTS = {
     ),
     "broken_steps": Part(
         lambda options: broken_steps.cases(), lambda name, options: broken_steps.run(name), rows_of_broken_steps
+    ),
+    "divergence": Part(
+        lambda options: divergence.cases(), lambda name, options: divergence.run(name), rows_of_divergence
     ),
 }
 
