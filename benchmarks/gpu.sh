@@ -60,10 +60,9 @@ pack() {
 }
 
 # shellcheck disable=SC2329  # called by the first stage, in a shell of its own
-# Both sets of tests even if the first fails; a suite whose packages are missing here is left out.
+# Both sets of tests even if the first fails.
 run_tests() {
     local python=$1 tiny=$2 code=0 options=(-q -p no:cacheprovider --color=no --tb=short)
-    "$python" -c "import optuna" 2>/dev/null || options+=(--ignore=tests/test_paper_search.py)
     "$python" -m pytest "${options[@]}" -m cuda tests || code=1
     # Not marked so, for without a GPU these run in Triton's interpreter. Compiling for sm_90 says nothing new on a GPU.
     options+=(-m "not cuda" --deselect tests/test_gpu_kernels.py::test_every_kernel_compiles_for_sm_90_without_spills)

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,24 @@ from lodo.kernels import native
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter, on CPU tensors. It reads this when it is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What the extra `dev` brings, where a file of tests needs it: a GPU machine may have torch and pytest alone.
+NEEDS = {
+    "test_call_orders.py": ("hypothesis",),
+    "test_faults.py": ("matplotlib", "tqdm"),
+    "test_image_tasks.py": ("matplotlib", "tqdm"),
+    "test_paper_report.py": ("matplotlib", "optuna", "tqdm"),
+    "test_paper_runs.py": ("matplotlib", "tqdm"),
+    "test_paper_search.py": ("matplotlib", "optuna"),
+    "test_properties.py": ("hypothesis",),
+    "test_seeing_inside.py": ("matplotlib", "tqdm"),
+    "test_train_classifier.py": ("matplotlib", "tqdm"),
+}
+collect_ignore = [name for name, packages in NEEDS.items() if not all(map(find_spec, packages))]
+
+
+def pytest_report_header() -> str | None:
+    return f"left out, for packages that are missing: {', '.join(collect_ignore)}" if collect_ignore else None
 
 
 @pytest.fixture(params=["native", "reference"])

@@ -97,6 +97,19 @@ def test_the_condition_of_g_is_bounded(options, kernel):
     assert torch.linalg.eigvalsh(free.preconditioners[0].to_dense())[-1] > 9**0.5
 
 
+@pytest.mark.parametrize("bound", [{"max_step_norm": 0.02}, {"max_condition": 2.0}])
+def test_bounded_steps_are_the_same_on_every_device(bound, device):
+    ends = []
+    for place in (torch.device("cpu"), device):
+        x = nn.Parameter(torch.linspace(-1, 1, 30, dtype=torch.float64, device=place))
+        optimizer = lodo.LODO([x], lr=0.5, meta_lr=0.1, **bound)
+        for step in range(6):
+            x.grad = (x.detach() * (step + 1)).cos()
+            optimizer.step()
+        ends.append((x.detach().cpu(), optimizer.preconditioners[0].blocks.cpu()))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["diagonal", "scalar"])
 def test_a_bounded_diagonal_stays_positive(kind):
     x = nn.Parameter(torch.zeros(5, dtype=torch.float64))

@@ -162,3 +162,18 @@ def test_numbers_of_probes_out_of_range_are_refused(name):
         optimizer.diagnostics(**{name: 0})
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         lodo.spectrum(optimizer.preconditioners[0], **{name: 0})
+
+
+@pytest.mark.parametrize("kind", oracle.KINDS)
+def test_the_figures_are_the_same_on_every_device(kind, device):
+    found = []
+    for place in (torch.device("cpu"), device):
+        x = nn.Parameter(torch.linspace(-1, 1, SIZE, dtype=torch.float64, device=place))
+        optimizer = lodo.LODO([x], lr=0.3, meta_lr=0.02, preconditioner=kind)
+        for step in range(4):
+            x.grad = (x.detach() * (step + 1)).cos()
+            optimizer.step()
+        found.append(optimizer.diagnostics()[0])
+    assert found[0].keys() == found[1].keys()
+    for name in (name for name in found[0] if not name.startswith("seconds")):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-6), name
