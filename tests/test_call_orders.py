@@ -291,6 +291,13 @@ class CallOrders(RuleBasedStateMachine):
         self.params, self.optimizer = how((self.params, self.optimizer))
         self.scheduler = None
 
+    @rule(name=st.sampled_from(("theta", "theta_exp_avg", "momentum", "last_lr", "steps")))
+    def replace_state(self, name: str) -> None:
+        """By copies, as whoever moves it elsewhere and back does."""
+        for entry in self.optimizer.state.values():
+            if name in entry:
+                entry[name] = entry[name].clone()
+
     @rule()
     def remember(self) -> None:
         state = copy.deepcopy(self.optimizer.state_dict())

@@ -57,17 +57,13 @@ def test_every_network_is_a_symmetric_matrix_and_the_promised_ones_are_positive(
         torch.testing.assert_close(dense, dense.T, **tolerance)
         torch.testing.assert_close(g.matvec(v), dense @ v, rtol=0, atol=8 * tolerance["atol"])
         torch.testing.assert_close(g.matvec(v), matvec(g, learned(g), v), rtol=0, atol=8 * tolerance["atol"])
+        if isinstance(g, lodo.Diagonal | lodo.Scalar):
+            assert torch.equal(dense, torch.diag(g.weight.expand(g.size)))
+            return
         if isinstance(g, lodo.Residual):
-            g = lodo.Residual(torch.cat((g.diagonals[:-1], g.diagonals[-1:].abs())), g.permutations, g.size)
-        if isinstance(g, lodo.Residual | lodo.BlockPermutation):
-            assert torch.linalg.eigvalsh(g.to_dense()).min() >= -tolerance["atol"]
-        else:
-            expected = (
-                torch.diag(g.weight)
-                if isinstance(g, lodo.Diagonal)
-                else g.weight * torch.eye(g.size, dtype=dense.dtype)
-            )
-            assert torch.equal(dense, expected)
+            with_positive = torch.cat((g.diagonals[:-1], g.diagonals[-1:].abs()))
+            dense = lodo.Residual(with_positive, g.permutations, g.size).to_dense()
+        assert torch.linalg.eigvalsh(dense).min() >= -tolerance["atol"]
 
 
 @given(g=draw.networks(dtype=torch.float64), kernel=draw.kernels, lr=st.sampled_from((0.0, 0.7, 1e3)), seed=draw.seeds)
