@@ -71,8 +71,10 @@ def spectrum(
         probes * iterations.
 
     Raises:
-        ValueError: if `probes` or `iterations` is less than 1.
+        ValueError: if `probes` or `iterations` is less than 1, or n is 0.
     """
+    if preconditioner.size == 0:
+        raise ValueError("preconditioner must act on at least one parameter to have a spectrum, got size 0")
     for name, value in (("probes", probes), ("iterations", iterations)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -115,17 +117,23 @@ def _lanczos(operator: Preconditioner, start: Tensor, iterations: int) -> tuple[
 
 def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: int) -> dict[str, float]:
     """The figures of `LODO.diagnostics` for one param group."""
-    network, flat = live.preconditioner, live.flat
+    network, flat, params = live.preconditioner, live.flat, group["params"]
+    if flat.size == 0:
+        return {}  # of a sharded group: this rank has nothing of it
+    moves = [p.grad is not None for p in params]
+    moves = moves if any(moves) else [True] * len(moves)
     lr, last_lr = float(group["lr"]), float(live.last_lr.get())
     m, g, x = live.momentum.to(flat.dtype), flat.new_vector(), flat.new_vector()
-    flat.gather(flat.tensors(group["params"]), flat.views(x))
+    flat.gather([t if moved else None for t, moved in zip(flat.tensors(params), moves, strict=True)], flat.views(x))
     seconds: dict[str, float] = {}
     with _timed("seconds_gather", seconds, flat.device):
-        flat.gather(flat.gradients(group["params"]), flat.views(g))
+        flat.gather(flat.gradients(params), flat.views(g))
     if group["maximize"]:
         g.neg_()
     with _timed("seconds_apply", seconds, flat.device):
         step = network.apply(m).mul_(last_lr)
+    for part in (part for part, moved in zip(flat.views(step), moves, strict=True) if not moved):
+        part.zero_()
     eigenvalues, weights = spectrum(network, probes=probes, iterations=iterations)
     result = {
         "steps": float(live.steps.get()),

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lodo.sharding import Sharding, check_sharding, is_dtensor, is_fsdp1, local, local_gradient
 
@@ -23,7 +24,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
         if p.dtype not in SUPPORTED:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
             raise ValueError(f"LODO supports parameters of dtype {allowed}, got {p.dtype}")
-        if any(stride == 0 and length > 1 for stride, length in zip(p.stride(), p.shape, strict=True)):
+        # Lazy modules give their parameters a shape later, and the first step looks again.
+        is_expanded = not is_lazy(p) and any(
+            stride == 0 and length > 1 for stride, length in zip(p.stride(), p.shape, strict=True)
+        )
+        if is_expanded:
             raise ValueError(f"LODO does not support parameters whose elements share memory, got strides {p.stride()}")
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import diagnostics, state
 from lodo.flat import Place, check_parameters
-from lodo.options import check_options
+from lodo.options import CHANGEABLE, check_options
 from lodo.preconditioners import Preconditioner
 from lodo.rounding import kept_dtype, name_of
 from lodo.saved import check_layout
@@ -115,6 +115,7 @@ class LODO(Optimizer):
         }
         check_options(defaults)
         self._live: dict[Tensor, state.GroupState] = {}
+        self._checked: dict[Tensor, tuple[Any, ...]] = {}
         self._has_warned = False
         self._is_broken_off = False
         super().__init__(params, defaults)
@@ -161,7 +162,8 @@ class LODO(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because of gradients with NaN or infinity (the largest count over the groups).
+        """How many steps were left out because of gradients with NaN or infinity, or by `max_step_norm` because they
+        overflowed (the largest count over the groups).
 
         Reading it waits for the device.
         """
@@ -171,13 +173,14 @@ class LODO(Optimizer):
     @torch.no_grad()
     def diagnostics(self, *, probes: int = 2, iterations: int = 8) -> list[dict[str, float]]:
         """Figures about the last step and about G, plain numbers for a log: a dict for each param group, empty before
-        its first step.
+        there is any state for it, and on ranks that have nothing of it.
 
         Asking costs some ten steps' time and, for a moment, as much memory as theta and its moments; not asking costs
         nothing. On accelerators it waits for the device. Training goes on as if nobody had asked.
 
         - "steps" taken, "skipped_steps", "lr".
-        - "step_norm": |G m| of the last step; "relative_step_norm": the same over the norm of the parameters.
+        - "step_norm": |G m| of the last step; "relative_step_norm": the same over the norm of the parameters. Of those
+          with a gradient, if there are any.
         - "gradient_norm": of what is in `.grad`. After `backward` and before `step` that is the gradient where the last
           step landed, by which LODO judges that step; after `step` it is the one where the step began.
         - "step_gradient_cosine": between the last step, as it is subtracted, and that gradient: its agreement with the
@@ -225,7 +228,8 @@ class LODO(Optimizer):
                 loaded: an exception such as torch.OutOfMemoryError that comes while parameters and state change has a
                 note that says so.
         """
-        if self._is_broken_off:
+        must_wait = self._is_broken_off and not self._is_reloaded()
+        if must_wait and any(group["lr"] != 0 for group in self.param_groups):
             raise RuntimeError(BROKEN_OFF)
         is_captured = self._is_captured()
         loss = None
@@ -233,6 +237,8 @@ class LODO(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [group for group in self.param_groups if _has_gradients(group["params"])]
+        for group in groups:
+            self._check_changes(group)
         states = [self._group_state(group) for group in groups]
         for group, live in zip(groups, states, strict=True):
             live.flat.gather(live.flat.gradients(group["params"]), live.gradient_parts)
@@ -240,6 +246,8 @@ class LODO(Optimizer):
                 live.gradient.neg_()
             live.lr.set(group["lr"])
         verdicts = _judge_all(groups, states)
+        if must_wait:
+            return loss  # lr = 0: distributed checkpointing makes the state that it will load into
         # Up to here nothing has changed. A capture only records, so that one which fails changes nothing either.
         self._is_broken_off = not is_captured
         try:
@@ -254,10 +262,24 @@ class LODO(Optimizer):
                 error.add_note(BROKEN_OFF)
             raise
         self._is_broken_off = False
-        for live, (sound, _) in zip(states, verdicts, strict=True):
-            if not is_captured and (is_tensor(sound) or not sound):
+        for group, live, (sound, _) in zip(groups, states, verdicts, strict=True):
+            if not is_captured and (is_tensor(sound) or not sound or group["max_step_norm"] is not None):
                 self._notice_skips(live)
         return loss
+
+    def _is_reloaded(self) -> bool:
+        """Whether all state was exchanged since the last step, as ZeroRedundancyOptimizer does past
+        `load_state_dict`."""
+        known = [(group, self._live.get(group["params"][0])) for group in self.param_groups if group["params"]]
+        lives = [(group, live) for group, live in known if live is not None]
+        return bool(lives) and all(live.is_replaced(self.state, group) for group, live in lives)
+
+    def _check_changes(self, group: dict[str, Any]) -> None:
+        """Refuses options that were written into a param group since the last step, if they are out of range."""
+        options = tuple(group[name] for name in CHANGEABLE)
+        if self._checked.get(group["params"][0]) != options:
+            check_options(group)
+            self._checked[group["params"][0]] = options
 
     def _is_captured(self) -> bool:
         """Whether this call is being captured in a CUDA graph.
@@ -282,7 +304,8 @@ class LODO(Optimizer):
             self._has_warned = True
             warnings.warn(
                 "LODO skipped a step: a gradient holds NaN or infinity (or is so large that its hypergradient would "
-                "overflow). Nothing has changed; `skipped_steps` counts such steps. This warning is shown once.",
+                "overflow), and nothing has changed; or the step itself overflowed, under max_step_norm, and no "
+                "parameter has moved. `skipped_steps` counts such steps. This warning is shown once.",
                 stacklevel=3,
             )
 
@@ -320,7 +343,9 @@ class LODO(Optimizer):
         if group["max_step_norm"] is not None:
             for part in (part for part, is_moved in zip(parts, moves, strict=True) if not is_moved):
                 part.zero_()
-            made_lr = lr * shorten_(step, live.gradient, group["max_step_norm"])
+            factor, is_finite = shorten_(step, live.gradient, group["max_step_norm"])
+            made_lr = lr * factor
+            live.skipped.set(live.skipped.get() + (is_finite == 0))
         live.last_lr.set(choose(active, made_lr, live.last_lr.get()))
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
@@ -336,6 +361,10 @@ class LODO(Optimizer):
         """As torch's; warns if the last step was broken off in the middle."""
         if self._is_broken_off:
             warnings.warn(f"The state is not worth keeping. {BROKEN_OFF}", stacklevel=2)
+        else:
+            for group in self.param_groups:
+                if _uses_moments(group) and state.lacks_moments(group, self.state):
+                    self._group_state(group)  # starts them, so that a state that lacks them is known to have lost them
         return super().state_dict()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -378,8 +407,10 @@ class LODO(Optimizer):
         state.unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
         super().__setstate__(saved)
         self._is_broken_off = saved.get("_is_broken_off", False)
-        self._live = {}  # rebuilt from `self.state` when it is next needed
+        self._live, self._checked = {}, {}  # rebuilt from `self.state` when it is next needed
         self._has_warned = False
+        for name in ("max_step_norm", "max_condition"):  # pickled before there were any
+            self.defaults.setdefault(name, None)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, put among the defaults when they are restored

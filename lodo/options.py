@@ -11,6 +11,21 @@ from lodo import meta
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, name_of
 
+CHANGEABLE = (
+    "meta_lr",
+    "beta",
+    "weight_decay",
+    "meta_optimizer",
+    "meta_every",
+    "meta_state_dtype",
+    "momentum_dtype",
+    "max_step_norm",
+    "max_condition",
+    "maximize",
+    "capturable",
+)
+"""What may be written into a param group between steps, but for lr, which schedulers change all the time."""
+
 
 def check_options(options: dict[str, Any]) -> None:
     """Refuses options of a param group that are out of range.

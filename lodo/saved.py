@@ -1,7 +1,7 @@
 """Checks of a saved state that need no optimizer: how it is laid out, and what its tensors hold.
 
 Every refusal is a ValueError that says where, what was saved and what is expected. A state that a training run can have
-left must pass: `check_numbers` refuses what none leaves.
+left must pass, unless it had diverged: `check_numbers` refuses what no other leaves.
 """
 
 import math
@@ -79,7 +79,7 @@ def check_numbers(what: str, value: Tensor, low: float = -math.inf, whole: bool 
         return
     least, most = (float(bound) for bound in part.aminmax())
     if not math.isfinite(least) or not math.isfinite(most):
-        raise ValueError(f"{what} holds NaN or infinity in the saved state, which no training leaves")
+        raise ValueError(f"{what} holds NaN or infinity in the saved state: it is damaged, or had diverged")
     if least < low or (whole and least != int(least)):
         allowed = "a whole number" if whole else "numbers"
         raise ValueError(f"{what} must hold {allowed} >= {low:g} in the saved state, got {least:g}")

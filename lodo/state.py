@@ -39,10 +39,8 @@ READABLE = (1, 2, 3)
 GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
-OTHER_GROUPS = (
-    "the state of a param group is that of other groups, whose networks act on other parameters; "
-    "ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"
-)
+OTHER_GROUPS = """the state of a param group is that of other groups, whose networks act on other parameters; \
+ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
 ENTRY_KEYS = ("momentum", "format", "shards", "fsdp1_rank", "theta", "permutations", *MOMENT_KEYS, *COUNT_KEYS)
 
 State = dict[Any, dict[str, Any]]
@@ -123,6 +121,11 @@ class GroupState:
             )
         ) and all(local(kept).data_ptr() == own.data_ptr() for kept, own in self._shown)
 
+    def is_replaced(self, state: State, group: dict[str, Any]) -> bool:
+        """Whether `state` holds another network and other counts for the group."""
+        entry = entry_with_network(group, state)
+        return entry is not None and all(entry.get(name) is not value for name, value in self.kept.items())
+
     def shared(self) -> dict[str, Tensor]:
         """The tensors that are kept for the whole group, by name."""
         tensors = {
@@ -201,8 +204,13 @@ def entry_of(group: dict[str, Any], state: State) -> dict[str, Any]:
 
 
 def is_bare(group: dict[str, Any], state: State) -> bool:
-    """Whether `without_misfits` has left out the group's network."""
+    """Whether `amended` has left out the group's network."""
     return "theta" not in entry_of(group, state)
+
+
+def lacks_moments(group: dict[str, Any], state: State) -> bool:
+    """Whether there is state for a group, but no moments of an inner Adam."""
+    return entry_with_network(group, state) is not None and MOMENT_KEYS[0] not in entry_of(group, state)
 
 
 def has_lost_network(group: dict[str, Any], state: State) -> bool:
@@ -340,7 +348,7 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
 
     Raises:
         ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, or
-            is of another format, preconditioner or shape, or holds what no training leaves.
+            is of another format, preconditioner or shape, or holds what only a diverged training leaves, or none.
     """
     for index, (saved_group, group) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         kind = saved_group.get("preconditioner", group["preconditioner"])
@@ -448,7 +456,7 @@ def _check_kind(where: str, entry: dict[str, Any]) -> None:
 
 
 def _check_values(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """Refuses numbers that no training leaves, and names that nothing reads, in a state that fits."""
+    """Refuses numbers that only a diverged training leaves, and names that nothing reads, in a state that fits."""
     first = _first(entries)
     for number, entry in enumerate(entries):
         what = f"{where}, parameter {number}"

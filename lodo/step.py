@@ -13,6 +13,8 @@ step is enough.
 G is symmetric, so <g, G m> = lr <U g, U m>, and h is one explicit backward pass through U, no autograd.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,8 +70,8 @@ def lodo_step(
     return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
 
 
-def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> Number:
-    """Scales a step down to at most |step| = max_step_norm * max(|x|, 1e-3 sqrt(n)), in place; returns the factor.
+def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Number]:
+    """Scales a step down to at most |step| = max_step_norm * max(|x|, 1e-3 sqrt(n)), in place.
 
     The floor, a root mean square of 1e-3, lets parameters that start at zero leave it.
 
@@ -77,14 +79,22 @@ def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> Number:
         step: what is to be subtracted from the parameters, shape (n,).
         x: the parameters, shape (n,).
         max_step_norm: as for `lodo.LODO`.
+
+    Returns:
+        The factor, and whether the step was finite. One that was not becomes zero, and so does the factor.
     """
     length, size = norm(step), norm(x)
+    is_finite = length < math.inf
     floor = 1e-3 * step.numel() ** 0.5
     limit = max_step_norm * choose(size > floor, size, floor)
     is_long = length > limit
-    factor = choose(is_long, limit / choose(is_long, length, 1.0), 1.0)
+    factor = choose(is_long, limit / choose(is_long, length, 1.0), 1.0) * is_finite
     step.mul_(factor)
-    return factor
+    if is_tensor(is_finite):
+        step.masked_fill_(~is_finite, 0)
+    elif not is_finite:
+        step.zero_()
+    return factor, is_finite
 
 
 def judge(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:

@@ -97,7 +97,9 @@ class Replay:
             given = zip(self.values, gradients, strict=True)
             x = self.flat([None if gradient is None else value for value, gradient in given])
             step *= self.flat([None if gradient is None else torch.ones_like(gradient) for gradient in gradients])
-            self.last_lr = lr * float(shorten_(step, x, options["max_step_norm"]))
+            factor, is_finite = shorten_(step, x, options["max_step_norm"])
+            self.last_lr = lr * float(factor)
+            self.skipped += not is_finite
         if options["weight_decay"]:
             step += self.flat(self.values) * (lr * options["weight_decay"])
         parts = step.split([value.numel() for value in self.values])

@@ -9,6 +9,7 @@ from torch import nn
 
 import lodo
 from benchmarks.faults import divergence
+from lodo import scalars
 from lodo.preconditioners.singular_values import clamp_, extremes, squares_between
 from tests import oracle
 
@@ -64,6 +65,23 @@ def test_parameters_at_zero_can_leave_it_and_weight_decay_comes_on_top():
     optimizer.step()
     step = 0.9 * before - x.detach()
     assert step.norm().item() == pytest.approx(0.5 * 1e-3 * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_step_that_overflows_moves_nothing_and_is_counted(readable, monkeypatch):
+    if not readable:
+        monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
+    x = nn.Parameter(torch.ones(5))
+    optimizer = lodo.LODO([x], lr=1e30, meta_lr=0.0, beta=0.0, max_step_norm=0.1)
+    x.grad = torch.full((5,), 1e18)
+    with pytest.warns(UserWarning, match="overflowed"):
+        optimizer.step()
+    assert torch.equal(x.detach(), torch.ones(5))
+    assert optimizer.skipped_steps == 1
+    x.grad = torch.full((5,), 1e-3)
+    optimizer.step()
+    assert (x.detach() < 1).all()
+    assert optimizer.skipped_steps == 1
 
 
 def test_what_does_not_move_does_not_count_for_the_bound():
@@ -205,6 +223,7 @@ def _one_thread():
 @pytest.mark.parametrize("bound", ["max_step_norm=0.01", "max_condition=100"])
 @pytest.mark.parametrize("seed", [0, 2])
 def test_each_bound_rescues_a_run_that_diverges_without_it(bound, seed):
+    pytest.importorskip("sklearn")
     rates = divergence.RATES["meta_lr ten times too large"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LODO skipped a step")

@@ -342,3 +342,40 @@ def test_a_parameter_slipped_into_a_group_is_noticed():
     optimizer.param_groups[0]["params"].append(y)
     with pytest.raises(RuntimeError, match="use add_param_group"):
         optimizer.step()
+
+
+def test_a_switch_of_the_inner_optimizer_is_saved_before_its_first_step():
+    """Nothing in a state tells moments that were lost from moments that were not started, so saving starts them."""
+    xs = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+    first, second = lodo.LODO([xs[0]], lr=0.1, meta_optimizer="sgd"), lodo.LODO([xs[1]], lr=0.1)
+
+    def step(optimizer, x):
+        x.grad = x.detach().cos()
+        optimizer.step()
+
+    step(first, xs[0]), step(first, xs[0])
+    first.param_groups[0]["meta_optimizer"] = "adam"
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with torch.no_grad():
+        xs[1].copy_(xs[0])
+    for _ in range(3):
+        step(first, xs[0]), step(second, xs[1])
+    assert torch.equal(xs[0], xs[1])
+    assert torch.equal(first.preconditioners[0].theta, second.preconditioners[0].theta)
+
+
+def test_an_optimizer_that_was_pickled_before_there_were_bounds_goes_on():
+    x = nn.Parameter(torch.ones(5))
+    optimizer = lodo.LODO([x], lr=0.1)
+    x.grad = torch.ones(5)
+    optimizer.step()
+    old = copy.deepcopy(optimizer.__getstate__())
+    for options in (old["defaults"], *old["param_groups"]):
+        del options["max_step_norm"], options["max_condition"]
+    resumed = lodo.LODO.__new__(lodo.LODO)
+    resumed.__setstate__(old)
+    y = resumed.param_groups[0]["params"][0]
+    for p, goes_on in ((x, optimizer), (y, resumed)):
+        p.grad = torch.ones(5)
+        goes_on.step()
+    assert torch.equal(x, y)

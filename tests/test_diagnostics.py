@@ -125,6 +125,25 @@ def test_where_there_is_no_sound_gradient_there_is_no_agreement(bad, kernel):
     assert torch.equal(optimizer.preconditioners[0].theta, theta)
 
 
+def test_what_has_no_gradient_does_not_count():
+    moved, still = nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.full((4,), 9.0))
+    optimizer = lodo.LODO([moved, still], lr=0.1, meta_lr=0.1)
+    for step in range(4):
+        before = moved.detach().clone()
+        moved.grad = (moved.detach() + step).cos()
+        optimizer.step()
+    (found,) = optimizer.diagnostics()
+    length = (moved.detach() - before).norm().item()
+    assert found["step_norm"] == pytest.approx(length, rel=1e-9)
+    assert found["relative_step_norm"] == pytest.approx(length / moved.detach().norm().item(), rel=1e-9)
+
+
+def test_nothing_has_no_spectrum():
+    nothing = lodo.Diagonal.wrap(torch.empty(0), None, 0)  # as on a rank without a part of a group
+    with pytest.raises(ValueError, match="at least one parameter"):
+        lodo.spectrum(nothing)
+
+
 @pytest.mark.parametrize("kind", oracle.KINDS)
 @pytest.mark.parametrize("size", [1, 2, 17])
 def test_the_spectrum_is_exact_once_the_iterations_reach_n(kind, size):

@@ -177,6 +177,7 @@ def one_rank_has_nothing(kind):
     else:
         assert all(p.numel() == 0 for p in twin.params)
     assert optimizer.skipped_steps == 0
+    assert bool(optimizer.diagnostics()[0]) == (dist.get_rank() == 0)
     entry = optimizer.state[model.weight]
     kept = {name: local(value) for name, value in entry.items() if name not in ("momentum", "format", "shards")}
     assert all(value.isfinite().all() for value in kept.values())

@@ -589,3 +589,30 @@ def test_compiled_models_and_training_steps(compiled):
     for _ in range(12):
         torch.testing.assert_close(fast_step(fast, optimizer), train_step(other, plain), rtol=1e-5, atol=1e-6)
     assert int(optimizer.state[next(iter(model.parameters()))]["meta_step"]) == 12
+
+
+def test_lazy_parameters_get_their_shape_before_the_first_step():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3))
+    optimizer = lodo.LODO(model.parameters(), lr=0.1, depth=2)
+    losses = train(model, optimizer)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("change", [{"max_condition": 9.0}, {"weight_decay": "x"}, {"momentum_dtype": "float16"}])
+def test_wrong_options_that_are_written_into_a_group_are_refused_before_anything_has_changed(change):
+    model = mlp()
+    optimizer = lodo.LODO(model.parameters(), lr=0.1, preconditioner="residual", depth=3)
+    train(model, optimizer, steps=2)
+
+    def everything():
+        kept = [torch.as_tensor(value) for entry in optimizer.state.values() for value in entry.values()]
+        return [value.clone() for value in (*model.parameters(), *kept)]
+
+    before = everything()
+    old = {name: optimizer.param_groups[0][name] for name in change}
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        optimizer.step()
+    assert_equal(before, everything())
+    optimizer.param_groups[0].update(old)
+    optimizer.step()
