@@ -28,14 +28,14 @@ class Vector(nn.Module):
 
 
 def logistic(seed: int, root: Path | None) -> Problem:
-    """Logistic regression with 100 features whose scales span four decades, 10,000 rows; batches of 64, float64.
+    """Logistic regression with 100 features of scales from 1e-3 to 10, 10,000 rows; batches of 64, float64.
 
     The true weights are such that every feature has the same say.
     """
     source = torch.Generator().manual_seed(seed + 17)
     count, size = 10_000, 100
     plain = torch.randn(count, size, generator=source, dtype=torch.float64)
-    scales = torch.logspace(-DECADES / 2, DECADES / 2, size, dtype=torch.float64)
+    scales = torch.logspace(1 - DECADES, 1, size, dtype=torch.float64)
     scales = scales[torch.randperm(size, generator=source)]
     say = torch.randn(size, generator=source, dtype=torch.float64) * 3 / math.sqrt(size)
     labels = torch.bernoulli(torch.sigmoid(plain @ say), generator=source)
