@@ -20,7 +20,7 @@ from benchmarks.shootout.plan import FINAL, TUNE, Plan, final_jobs, load, robust
 from benchmarks.shootout.running import Job, Record, run
 from examples.paper.runs import append_result, fcntl
 
-WAIT_SECONDS = 1.0
+WAIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
