@@ -14,7 +14,7 @@ _ALL = (
     Task("transformer", "characters, attention", 1500, text.transformer, "choose"),
     Task("logistic", "convex, ill-conditioned", 12_000, synthetic.logistic, "choose", has_matrices=False),
     Task("pinn", "differential equation", 4000, synthetic.pinn, "choose", is_deterministic=True),
-    Task("bowl", "noisy quadratic", 12_000, synthetic.bowl, "choose", has_matrices=False),
+    Task("bowl", "noisy quadratic", synthetic.BOWL_STEPS, synthetic.bowl, "choose", has_matrices=False),
     Task("scaled_mlp", "classifier, scaled layers", 5000, images.scaled_mlp, "choose"),
     Task("mnist_cnn", "convolutional classifier", 2500, images.mnist_cnn, "hold out", needs_mnist=True),
     Task("lstm", "characters, recurrent", 1500, text.lstm, "hold out"),
