@@ -1,0 +1,116 @@
+"""Compares optimizers on many small tasks: `python -m benchmarks.shootout` tunes, trains and reports.
+
+Whatever is killed goes on where it was when the same command is given again.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender
+from benchmarks.shootout.plan import FINAL, ROBUST, SEEDS, TUNE, Plan, load, untuned_pairs
+from benchmarks.shootout.sharing import work_on
+from benchmarks.shootout.tasks import TASKS, get_task
+
+REPORT = "report"
+STAGES = (TUNE, FINAL, ROBUST, REPORT)
+ELSEWHERE = {"SOAP", "PSGD-Kron", "Prodigy", "schedule-free AdamW"}  # contenders from pytorch_optimizer
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shootout", description=__doc__)
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, of tune, final, robust, report")
+    parser.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}")
+    parser.add_argument("--contenders", help=f"separated by semicolons, of {'; '.join(CONTENDERS)}")
+    parser.add_argument("--data-root", type=Path, help="folder of MNIST's files; its tasks are skipped without")
+    parser.add_argument("--out", type=Path, default=Path("out") / "shootout", help="folder of records and report")
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--trials", type=int, help="of every search, instead of the protocol's numbers")
+    parser.add_argument("--steps", type=int, help="of every run, instead of the tasks' own; for trying out")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="final runs of each pair, at seeds 0, 1, ...")
+    parser.add_argument("--robust-seeds", type=int, default=1, help="the same at every wrong learning rate")
+    parser.add_argument(
+        "--lodo", default="{}", help="JSON: options of untuned LODO, over the recommended ones; null drops one"
+    )
+    options = parser.parse_args(arguments)
+    for name in ("workers", "trials", "steps", "seeds", "robust_seeds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    stages = tuple(stage for stage in STAGES if stage in options.stages.split(","))
+    if unknown := set(options.stages.split(",")) - set(STAGES):
+        parser.error(f"--stages must be of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    try:
+        return _plan(options, stages), stages
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _plan(options: argparse.Namespace, stages: Sequence[str]) -> Plan:
+    tasks = list(dict.fromkeys(options.tasks.split(","))) if options.tasks else list(TASKS)
+    names = [name.strip() for name in options.contenders.split(";")] if options.contenders else list(CONTENDERS)
+    for task in tasks:
+        get_task(task)
+    for name in names:
+        get_contender(name)
+    _check_packages(names, stages)
+    if options.data_root is None and set(stages) != {REPORT}:
+        for task in [task for task in tasks if TASKS[task].needs_mnist]:
+            print(f"{task} is skipped: it needs --data-root, the folder of MNIST's files", file=sys.stderr)
+            tasks.remove(task)
+    try:
+        given = json.loads(options.lodo)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--lodo must be JSON, got {options.lodo!r} ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--lodo must be a JSON object, got {options.lodo!r}")
+    recommended = {key: value for key, value in {**RECOMMENDED, **given}.items() if value is not None}
+    return Plan(
+        out=options.out,
+        tasks=tasks,
+        contenders=list(dict.fromkeys(names)),
+        data_root=options.data_root,
+        workers=options.workers,
+        recommended=recommended,
+        trials=options.trials,
+        seeds=range(options.seeds),
+        robust_seeds=range(options.robust_seeds),
+        steps=options.steps,
+    )
+
+
+def _check_packages(contenders: Sequence[str], stages: Sequence[str]) -> None:
+    """Says at the start which package is missing, rather than after hours.
+
+    Raises:
+        ValueError: naming the packages.
+    """
+    needed = {"matplotlib"} if REPORT in stages else set()
+    needed |= {"optuna"} if TUNE in stages else set()
+    if set(stages) != {REPORT}:
+        needed |= {"sklearn"} | ({"pytorch_optimizer"} if ELSEWHERE & set(contenders) else set())
+        # torch.einsum does without it, but then builds outer products of Kron's factors.
+        needed |= {"opt_einsum"} if "PSGD-Kron" in contenders else set()
+    if missing := sorted(name for name in needed if importlib.util.find_spec(name) is None):
+        raise ValueError(f"{', '.join(missing)} must be installed: pip install -e '.[benchmarks]'")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    plan, stages = parse(arguments)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        if stage == REPORT:
+            from benchmarks.shootout.report import write_report  # matplotlib, only where pictures are drawn
+
+            print(write_report(plan), file=sys.stderr)
+            continue
+        if stage != TUNE and (missing := untuned_pairs(plan, load(plan.records_path))):
+            print(f"{stage}: left out, for they are not tuned yet: {'; '.join(missing)}", file=sys.stderr)
+        work_on(plan, stage)
+
+
+if __name__ == "__main__":
+    main()

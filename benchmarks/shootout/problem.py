@@ -1,0 +1,107 @@
+"""What a task of the comparison is, and a problem: a task at a seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Split = Literal["choose", "hold out"]
+IDLE_DRAWS = 20
+
+
+class Problem:
+    """Named parameters, and a loss that is sampled anew before each step.
+
+    Batches come from a generator of the problem's own, so every optimizer meets the same ones at the same seed, and
+    whatever an optimizer draws changes none of them.
+
+    Args:
+        model: holds the parameters.
+        draw: the batch of a step, from the generator and the step's number (0 is the first).
+        objective: the loss, 0-dim, of the model on a batch.
+        seed: of the generator.
+        idle_loss: of an optimizer that stays at the start; None: it is measured there, on other batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        draw: Callable[[torch.Generator, int], Any],
+        objective: Callable[[Any, Any], Tensor],
+        seed: int,
+        idle_loss: float | None = None,
+    ) -> None:
+        self.model, self._draw, self._objective = model, draw, objective
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn = 0
+        self.batch: Any = None
+        self.idle_loss = self._measure_idle(seed) if idle_loss is None else idle_loss
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def draw(self) -> None:
+        """Moves on to the next batch."""
+        self.batch = self._draw(self.generator, self.drawn)
+        self.drawn += 1
+
+    def evaluate(self) -> Tensor:
+        """The loss of the present batch."""
+        return self._objective(self.model, self.batch)
+
+    def loss(self) -> Tensor:
+        """The loss of the next batch."""
+        self.draw()
+        return self.evaluate()
+
+    def _measure_idle(self, seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed + 1_000_000)
+        losses = [self._objective(self.model, self._draw(generator, 0)) for _ in range(IDLE_DRAWS)]
+        return float(torch.stack([loss.detach() for loss in losses]).mean())
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        kind: what sort of problem it is, in a few words.
+        steps: the budget of every run.
+        make: the problem, from the seed and the folder of MNIST's files (None for tasks that do without).
+        split: "choose" for the tasks on which LODO's defaults may be chosen, "hold out" for those that only judge.
+        is_deterministic: every evaluation sees the same loss.
+        needs_mnist: `make` needs the folder.
+        has_matrices: some parameter is a matrix that is no embedding.
+        version: to be raised with every change to what is computed, for it makes old records another task's.
+    """
+
+    name: str
+    kind: str
+    steps: int
+    make: Callable[[int, Path | None], Problem]
+    split: Split
+    is_deterministic: bool = False
+    needs_mnist: bool = False
+    has_matrices: bool = True
+    version: int = 1
+
+    def build(self, seed: int, data_root: Path | None = None) -> Problem:
+        """The problem at `seed`, from which start and batches follow. Global random numbers stay as they were.
+
+        Raises:
+            ValueError: the task needs MNIST, and `data_root` is None.
+        """
+        if self.needs_mnist and data_root is None:
+            raise ValueError(f"the task {self.name!r} needs --data-root, the folder of MNIST's files")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.make(seed, data_root)
+
+
+def rows(generator: torch.Generator, count: int, batch_size: int) -> Tensor:
+    """A batch's row numbers, drawn with replacement."""
+    return torch.randint(count, (batch_size,), generator=generator)

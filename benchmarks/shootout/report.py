@@ -1,0 +1,239 @@
+"""Writes report.md and its pictures from the records alone."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.shootout import pictures
+from benchmarks.shootout.contenders import REFERENCE, Contender, fixed_options, get_contender
+from benchmarks.shootout.plan import Plan, choice, final_jobs, load, robust_jobs
+from benchmarks.shootout.running import PACKAGES, Record
+from benchmarks.shootout.scores import PENALTY, Outcome, Runs, Summary, at_factors, by_pair, outcomes, summarise
+from benchmarks.shootout.tasks import get_task
+from examples.paper.records import NOTHING, number, table, whole
+
+EDGE = 1.1  # a tuned value within this factor of its range's end is marked
+SPLITS = {"all tasks": ("choose", "hold out"), "the tasks to choose on": ("choose",), "held out": ("hold out",)}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records that the plan's present settings lead to.
+
+    Attributes:
+        finals: the final runs by task and contender.
+        factors: the runs by the factor of the learning rate, at the seeds of the robustness runs; empty without them.
+    """
+
+    plan: Plan
+    records: Sequence[Record]
+    finals: Runs
+    factors: Mapping[float, Runs]
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task for task in self.plan.tasks if any(task == pair[0] for pair in self.finals)]
+
+    @property
+    def contenders(self) -> list[str]:
+        return [name for name in self.plan.contenders if any(name == pair[1] for pair in self.finals)]
+
+    def tasks_of(self, splits: Sequence[str]) -> list[str]:
+        return [task for task in self.tasks if get_task(task).split in splits]
+
+    def outcomes(self, contender: str, tasks: Iterable[str], factor: float | None = None) -> dict[str, Outcome]:
+        runs, reference = self.finals, self.finals
+        if factor is not None:
+            runs, reference = self.factors[factor], self.factors[1.0]
+        return outcomes(runs, reference, contender, tasks, REFERENCE)
+
+
+def collect(plan: Plan) -> Results:
+    """Reads the records.
+
+    Raises:
+        ValueError: there is no final run at these settings.
+    """
+    records = load(plan.records_path)
+    by_key = {record["key"]: record for record in records}
+    finals = [by_key[job.key] for job in final_jobs(plan, records) if job.key in by_key]
+    robust = [by_key[job.key] for job in robust_jobs(plan, records) if job.key in by_key]
+    if not finals:
+        raise ValueError(
+            f"{plan.records_path} holds no final run for these settings: give the --trials, --steps and --lodo of the "
+            "runs, or make them first"
+        )
+    return Results(plan, records, by_pair(finals), at_factors(robust, finals) if robust else {})
+
+
+def write_report(plan: Plan) -> Path:
+    results = collect(plan)
+    drawn = pictures.draw(results.finals, results.tasks, results.contenders, plan.out)
+    parts = ["# Optimizers on small tasks", _about(results), "## In one table", *_summaries(results)]
+    parts += [_image("profile.png", "Share of tasks whose goal is reached, by steps and by seconds")]
+    if results.factors:
+        pictures.robustness(_reached_by_factor(results), plan.out / "robustness.png")
+        parts += ["## When the learning rate is wrong", *_robustness(results)]
+        parts += [_image("robustness.png", "Share of tasks whose goal is reached, by the factor of the learning rate")]
+    parts += ["## Final losses", _losses(results), "## Seconds", _seconds(results), "## Settings", _settings(results)]
+    parts += ["## Curves", *(_image(name, f"Losses on {name[7:-4]}") for name in drawn)]
+    path = plan.out / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _image(name: str, text: str) -> str:
+    return f"![{text}]({name})"
+
+
+def _about(results: Results) -> str:
+    runs = [run for each in results.finals.values() for run in each]
+    seeds = whole({run["job"]["seed"] for run in runs})
+    versions = {
+        name: sorted({str(run["environment"].get(name)) for run in runs}) for name in ("lodo", "python", *PACKAGES)
+    }
+    told = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
+    machines = sorted({f"{run['environment']['machine']}, {run['environment']['cores']} cores" for run in runs})
+    loads = [run["environment"]["load"] for run in runs if run["environment"]["load"] is not None]
+    load = f", load {min(loads):g} to {max(loads):g}" if loads else ""
+    missing = [task for task in results.plan.tasks if task not in results.tasks]
+    lines = [
+        f"{len(results.tasks)} tasks, {len(results.contenders)} contenders, seeds {seeds}; {len(results.records)} runs "
+        f"on record, searches included. One thread each on {'; '.join(machines)}{load}; {told}.",
+        f"The goal on a task is tuned {REFERENCE}'s final loss. The protocol is in benchmarks/README.md. Untuned LODO "
+        f"is `lodo.LODO(params, {_call(results.plan.recommended)})`.",
+    ]
+    if missing:
+        lines.append(f"**Not run**: {', '.join(missing)}.")
+    return "\n\n".join(lines)
+
+
+def _call(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _summaries(results: Results) -> list[str]:
+    parts = []
+    for title, splits in SPLITS.items():
+        tasks = results.tasks_of(splits)
+        if tasks:
+            lines = [
+                _summary_line(name, summarise(results.outcomes(name, tasks).values())) for name in results.contenders
+            ]
+            parts += [f"**{title.capitalize()}** ({len(tasks)}):", table(_SUMMARY, lines)]
+    parts.append(
+        f"`steps` and `seconds` are geometric means of what the goal takes relative to {REFERENCE}'s whole run, a task "
+        f"whose goal is not reached counting as {PENALTY:g} runs; `where reached` leaves such tasks out. `diverged` is "
+        "the share of the runs."
+    )
+    return parts
+
+
+_SUMMARY = ("", "reached", "steps", "where reached", "seconds", "where reached", "diverged")
+
+
+def _summary_line(name: str, summary: Summary) -> list[str]:
+    figures = (summary.steps, summary.steps_if_reached, summary.seconds, summary.seconds_if_reached)
+    told = [NOTHING if math.isnan(figure) else number(figure, 2) for figure in figures]
+    return [name, f"{summary.reached} of {summary.tasks}", *told, _percent(summary.diverged)]
+
+
+def _percent(share: float) -> str:
+    return NOTHING if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _reached_by_factor(
+    results: Results, splits: Sequence[str] = SPLITS["all tasks"]
+) -> dict[str, dict[float, Summary]]:
+    tasks = results.tasks_of(splits)
+    return {
+        name: {factor: summarise(results.outcomes(name, tasks, factor).values()) for factor in results.factors}
+        for name in results.contenders
+    }
+
+
+def _robustness(results: Results) -> list[str]:
+    factors = list(results.factors)
+    header = ["", *(f"lr x {factor:g}" for factor in factors)]
+    parts = ["Tasks whose goal is reached, and in brackets the share of diverged runs."]
+    for title, splits in SPLITS.items():
+        if not results.tasks_of(splits):
+            continue
+        lines = [
+            [name, *(f"{s.reached} of {s.tasks} ({_percent(s.diverged)})" for s in by_factor.values())]
+            for name, by_factor in _reached_by_factor(results, splits).items()
+        ]
+        parts += [f"**{title.capitalize()}**:", table(header, lines)]
+    return parts
+
+
+def _losses(results: Results) -> str:
+    lines = []
+    for task in results.tasks:
+        found = {name: results.finals.get((task, name), ()) for name in results.contenders}
+        levels = {name: _level(runs) for name, runs in found.items() if runs}
+        best = min(levels.values(), default=math.inf)
+        cells = [_loss_cell(runs, best) for runs in found.values()]
+        lines.append([task, get_task(task).kind, get_task(task).split, *cells])
+    text = "Mean over the last tenth of the steps; median over the seeds, with their range. The lowest is bold."
+    return f"{text}\n\n{table(('task', 'kind', '', *results.contenders), lines, left=3)}"
+
+
+def _level(runs: Sequence[Record]) -> float:
+    return median(math.inf if run["score"] is None else run["score"] for run in runs)
+
+
+def _loss_cell(runs: Sequence[Record], best: float) -> str:
+    if not runs:
+        return NOTHING
+    level = _level(runs)
+    if not math.isfinite(level):
+        return "diverged"
+    text = f"**{number(level, 3)}**" if level == best else number(level, 3)
+    scores = [run["score"] for run in runs if run["score"] is not None]
+    gone = len(runs) - len(scores)
+    spread = f" ({number(min(scores), 3)} to {number(max(scores), 3)})" if len(scores) > 1 else ""
+    return text + spread + (f", {gone} diverged" if gone else "")
+
+
+def _seconds(results: Results) -> str:
+    def cell(runs: Sequence[Record]) -> str:
+        done = [run for run in runs if run["score"] is not None]
+        if not done:
+            return NOTHING
+        share = median(run["optimizer_seconds"] / max(run["seconds"], 1e-9) for run in done)
+        return f"{number(median(run['seconds'] for run in done), 3)} ({_percent(share)})"
+
+    lines = [
+        [task, f"{results.plan.steps_of(get_task(task)):,}"]
+        + [cell(results.finals.get((task, name), ())) for name in results.contenders]
+        for task in results.tasks
+    ]
+    text = "CPU seconds of a run, median over the seeds, and the share of the optimizer's own steps."
+    return f"{text}\n\n{table(('task', 'steps', *results.contenders), lines)}"
+
+
+def _settings(results: Results) -> str:
+    lines = []
+    for task in results.tasks:
+        for name in results.contenders:
+            chosen = choice(results.plan, get_task(task), get_contender(name), results.records)
+            if chosen and get_contender(name).space:
+                lines.append([task, name, chosen[1], _values(get_contender(name), chosen[0], results.plan)])
+    text = "What the searches chose; * stands at an end of the range."
+    return f"{text}\n\n{table(('task', 'contender', 'schedule', 'hyperparameters'), lines, left=4)}"
+
+
+def _values(contender: Contender, values: Mapping[str, Any], plan: Plan) -> str:
+    told = []
+    for name, value in values.items():
+        if name in contender.space:
+            each = contender.space[name]
+            place = each.value(value)
+            is_edge = place < each.low * EDGE or place > each.high / EDGE
+            told.append(f"{name} {number(value, 3)}{'*' if is_edge else ''}")
+    fixed = fixed_options(contender.name, plan.recommended)
+    return ", ".join(told) + (f"; {_call(fixed)}" if fixed else "")

@@ -1,0 +1,267 @@
+"""One run: a job, and the record that it leaves, ready for JSON."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+import lodo
+from benchmarks.shootout.contenders import Contender, get_contender
+from benchmarks.shootout.problem import Problem
+from benchmarks.shootout.tasks import get_task
+from examples.paper.runs import FORMAT, SKIPS
+
+Record = dict[str, Any]
+POINTS = 100  # of a curve
+TAIL = 0.1  # the share of the steps, at the end, whose mean loss is the score; also the window of the curve
+DIVERGED = 2.0  # a run that ends above so many times the loss of standing still has diverged
+PACKAGES = ("torch", "numpy", "optuna", "pytorch-optimizer", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that fixes a run, but for the machine.
+
+    Attributes:
+        stage: "tune", "final" or "robust".
+        trial: its number in its search; None for the other stages.
+        factor: by which the learning rate among `hyperparameters` is off.
+        version: of the task.
+    """
+
+    stage: str
+    task: str
+    contender: str
+    hyperparameters: Mapping[str, Any]
+    schedule: str
+    seed: int
+    steps: int
+    trial: int | None = None
+    factor: float = 1.0
+    version: int = 1
+
+    @property
+    def key(self) -> str:
+        """A digest of all fields: runs with the same key are the same run."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Clock:
+    """Seconds of this process's CPU time: on a busy machine a run waits, and that must not count.
+
+    With one thread on a quiet machine they are those of the wall.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.optimizer = 0.0
+        self._begun = 0.0
+
+    def start(self) -> None:
+        self._begun = time.process_time()
+
+    def stop(self) -> None:
+        self.total += time.process_time() - self._begun
+
+    def optimize(self, step: Callable[[], Any]) -> None:
+        begun = time.process_time()
+        step()
+        self.optimizer += time.process_time() - begun
+
+
+class Curve:
+    """The losses of a run as a running mean over a window of a tenth of its budget, at about 100 points.
+
+    The last point is the score. Early points are means over the steps so far.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.losses = np.empty(steps)
+        self.steps, self.count = steps, 0
+        self.window = max(1, math.floor(TAIL * steps))
+        self.points = {math.ceil(number * steps / POINTS) for number in range(1, POINTS + 1)}
+        self.step: list[int] = []
+        self.seconds: list[float] = []
+        self.loss: list[float] = []
+
+    def add(self, loss: float, seconds: float) -> None:
+        self.losses[self.count] = loss
+        self.count += 1
+        if self.count in self.points:
+            self.step.append(self.count)
+            self.seconds.append(seconds)
+            self.loss.append(float(self.losses[max(0, self.count - self.window) : self.count].mean()))
+
+    def as_json(self) -> dict[str, list[float]]:
+        return {
+            "step": [float(step) for step in self.step],
+            "seconds": [round(seconds, 4) for seconds in self.seconds],
+            "loss": [float(f"{loss:.8g}") for loss in self.loss],
+        }
+
+
+class DivergenceError(Exception):
+    """A loss that is not finite."""
+
+
+class _BudgetSpentError(Exception):
+    """Ends an optimizer that evaluates as often as it likes."""
+
+
+def run(job: Job, data_root: Path | None) -> Record:
+    """Trains as `job` says, on one thread.
+
+    A loss that is not finite ends the run there as diverged. One that ends above `DIVERGED` times the loss of standing
+    still has diverged too, and so has a LODO that skipped more than a tenth of its steps, since their numbers overflow.
+    """
+    torch.set_num_threads(1)
+    started, wall = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    problem = get_task(job.task).build(job.seed, data_root)
+    torch.manual_seed(job.seed)  # of what the optimizers draw
+    np.random.seed(job.seed)  # noqa: NPY002  (Kron draws from here)
+    contender = get_contender(job.contender)
+    optimizers = contender.make(problem, job.hyperparameters, job.seed)
+    curve, clock = Curve(job.steps), Clock()
+    train = _train_by_closure if contender.uses_closure else _train
+    diverged_at: int | None = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LODO skipped a step")  # the record counts them
+        try:
+            train(job, contender, problem, optimizers, curve, clock)
+        except DivergenceError:
+            diverged_at = curve.count + 1
+    score = curve.loss[-1] if diverged_at is None else None
+    skipped = sum(each.skipped_steps for each in optimizers if isinstance(each, lodo.LODO))
+    if score is not None and not (score <= DIVERGED * problem.idle_loss and skipped <= max(SKIPS, job.steps // 10)):
+        diverged_at = job.steps
+    return {
+        "format": FORMAT,
+        "key": job.key,
+        "job": asdict(job),
+        "score": score if diverged_at is None else None,
+        "diverged_at": diverged_at,
+        "idle_loss": problem.idle_loss,
+        "curve": curve.as_json(),
+        "seconds": clock.total,
+        "optimizer_seconds": clock.optimizer,
+        "wall_seconds": time.perf_counter() - wall,
+        "skipped_steps": skipped,
+        "started": started,
+        "environment": environment(),
+    }
+
+
+def factor_at(schedule: str, step: int, steps: int) -> float:
+    """What the learning rate is multiplied by at `step` of 0 to steps - 1: a cosine from 1 to almost 0, or 1."""
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * step / steps))
+    if schedule != "constant":
+        raise ValueError(f"schedule must be one of constant, cosine, got {schedule!r}")
+    return 1.0
+
+
+def _train(
+    job: Job, contender: Contender, problem: Problem, optimizers: list[Optimizer], curve: Curve, clock: Clock
+) -> None:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    clock.start()
+    for step in range(job.steps):
+        if job.schedule != "constant":
+            factor = factor_at(job.schedule, step, job.steps)
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = factor * rate
+        for param in problem.params:
+            param.grad = None
+        loss = problem.loss()
+        loss.backward()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            clock.stop()
+            raise DivergenceError
+        if contender.is_averaging:
+            clock.stop()
+            value = _loss_at_average(problem, optimizers)
+            clock.start()
+        for optimizer in optimizers:
+            clock.optimize(optimizer.step)
+        clock.stop()
+        curve.add(value, clock.total)
+        clock.start()
+    clock.stop()
+
+
+@torch.no_grad()
+def _loss_at_average(problem: Problem, optimizers: list[Optimizer]) -> float:
+    """The present batch's loss where the optimizer would have its model evaluated; the clock stands still."""
+    for optimizer in optimizers:
+        optimizer.eval()  # type: ignore[attr-defined]
+    value = float(problem.evaluate())
+    for optimizer in optimizers:
+        optimizer.train()  # type: ignore[attr-defined]
+    if not math.isfinite(value):
+        raise DivergenceError
+    return value
+
+
+def _train_by_closure(
+    job: Job, contender: Contender, problem: Problem, optimizers: list[Optimizer], curve: Curve, clock: Clock
+) -> None:
+    """Every evaluation counts as a step, with the lowest loss so far: the line search may well try high ones."""
+    (optimizer,) = optimizers
+    best = math.inf
+    in_evaluation = 0.0
+
+    def closure() -> float:
+        nonlocal best, in_evaluation
+        begun = time.process_time()
+        if curve.count == job.steps:
+            raise _BudgetSpentError
+        for param in problem.params:
+            param.grad = None
+        loss = problem.loss()
+        loss.backward()
+        value = float(loss.detach())
+        best = min(best, value) if math.isfinite(value) else best
+        if not math.isfinite(best):
+            raise DivergenceError
+        in_evaluation += time.process_time() - begun
+        clock.stop()
+        curve.add(best, clock.total)
+        clock.start()
+        return value
+
+    clock.start()
+    try:
+        while True:  # it returns where its line search finds nothing better, and starts anew there
+            optimizer.step(closure)
+    except _BudgetSpentError:
+        pass
+    finally:
+        clock.stop()
+        clock.optimizer = clock.total - in_evaluation
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine behind a record; the load is that at the run's end."""
+    versions: dict[str, Any] = {"lodo": lodo.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "load": load}
+    return versions | machine | {"threads": torch.get_num_threads()}

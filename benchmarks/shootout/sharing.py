@@ -1,0 +1,135 @@
+"""Shares runs out among processes, of this command or of several: each unit of work is claimed by a file lock.
+
+A lock ends with its process, however it ends, and what a run has found is one line of the records: nothing else is
+left behind by a kill.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.shootout.plan import FINAL, TUNE, Plan, final_jobs, load, robust_jobs
+from benchmarks.shootout.running import Job, Record, run
+from examples.paper.runs import append_result, fcntl
+
+WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process at a time works on: a search, or a single run.
+
+    Attributes:
+        next_job: the job that it wants next, from all records; None when it is done.
+    """
+
+    name: str
+    next_job: Callable[[Sequence[Record]], Job | None]
+
+
+def units(plan: Plan, stage: str, records: Sequence[Record]) -> list[Unit]:
+    if stage == TUNE:
+        from benchmarks.shootout.tuning import next_trial  # Optuna, only where something is tuned
+
+        return [
+            Unit(f"{task.name}/{contender.name}/{schedule}", partial(next_trial, plan, task, contender, schedule))
+            for task, contender in plan.pairs()
+            for schedule in contender.schedules
+            if plan.trials_of(contender)
+        ]
+    jobs = final_jobs(plan, records) if stage == FINAL else robust_jobs(plan, records)
+    return [Unit(job.key, partial(_unless_done, job)) for job in jobs]
+
+
+def _unless_done(job: Job, records: Sequence[Record]) -> Job | None:
+    return None if any(record["key"] == job.key for record in records) else job
+
+
+@contextmanager
+def claim(folder: Path, name: str) -> Iterator[bool]:
+    """Whether this process holds `name` now, until the end of the block."""
+    if fcntl is None:  # no locks to be had: `work_on` allows one process only
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / hashlib.sha256(name.encode()).hexdigest()[:16]).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def work(plan: Plan, stage: str) -> int:
+    """Makes runs until the stage is done; returns how many units failed. Several processes may do so at once."""
+    own, parent = units(plan, stage, load(plan.records_path)), os.getppid()
+    failed: set[str] = set()
+    while True:
+        records = load(plan.records_path)
+        left = [unit for unit in own if unit.name not in failed and unit.next_job(records) is not None]
+        if not left or os.getppid() != parent:  # a worker whose command was killed must not go on alone
+            return len(failed)
+        was_busy = False
+        for unit in left:
+            with claim(plan.out / "claims", unit.name) as is_ours:
+                if is_ours:
+                    was_busy = True
+                    if not _finish(unit, plan, parent):
+                        failed.add(unit.name)
+        if not was_busy:
+            time.sleep(WAIT_SECONDS)
+
+
+def _finish(unit: Unit, plan: Plan, parent: int) -> bool:
+    """Makes all runs of a unit; returns whether none failed."""
+    while os.getppid() == parent and (job := unit.next_job(load(plan.records_path))) is not None:
+        try:
+            record = run(job, plan.data_root)
+        except Exception:
+            print(f"{_named(job)} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            return False
+        append_result(plan.records_path, record)
+        found = "diverged" if record["score"] is None else f"{record['score']:.4g}"
+        print(f"{_named(job)}: {found} in {record['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return True
+
+
+def _named(job: Job) -> str:
+    detail = f"trial {job.trial}" if job.trial is not None else f"seed {job.seed}, lr x {job.factor:g}"
+    return f"{job.stage} {job.task}, {job.contender}, {job.schedule}, {detail}"
+
+
+def _work_in_process(plan: Plan, stage: str) -> None:
+    sys.exit(1 if work(plan, stage) else 0)
+
+
+def work_on(plan: Plan, stage: str) -> None:
+    """Makes a stage's missing runs, in `plan.workers` processes.
+
+    Raises:
+        RuntimeError: some failed; the others are made and kept.
+        ValueError: several workers on a system without file locks.
+    """
+    if plan.workers == 1:
+        if count := work(plan, stage):
+            raise RuntimeError(f"{count} units of the stage {stage!r} failed; the same command tries them again")
+        return
+    if fcntl is None:
+        raise ValueError(f"workers must be 1 on this system, which has no file locks, got {plan.workers}")
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    processes = [context.Process(target=_work_in_process, args=(plan, stage), daemon=True) for _ in range(plan.workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"some units of the stage {stage!r} failed; the same command tries them again")
