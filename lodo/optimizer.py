@@ -118,6 +118,7 @@ class LODO(Optimizer):
         self._checked: dict[Tensor, tuple[Any, ...]] = {}
         self._has_warned = False
         self._is_broken_off = False
+        self._has_momentum_alone = False  # in the state dict that was loaded last
         super().__init__(params, defaults)
         if isinstance(preconditioner, Preconditioner):
             # Options stay plain numbers and strings; a group added later starts with the same architecture.
@@ -391,7 +392,7 @@ class LODO(Optimizer):
                 "networks, which belong to shards, do not fit any more and start anew.",
                 stacklevel=2,
             )
-        elif any(state.has_lost_network(group, self.state) for group in self.param_groups if self._has_state(group)):
+        elif self._has_momentum_alone:
             warnings.warn(
                 "LODO loaded momentum without the network that it belongs to, which starts anew. Either none had been "
                 "saved, or torch.distributed.checkpoint has left it out, as it does with what was saved for parameters "
@@ -442,7 +443,7 @@ class LODO(Optimizer):
         return live
 
 
-def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | None:
+def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
     groups = optimizer.param_groups
     check_layout(state_dict)
@@ -453,7 +454,10 @@ def _check_and_wrap(optimizer: Optimizer, state_dict: StateDict) -> StateDict | 
         check_options({**optimizer.defaults, **saved})
     state.check_saved(state_dict, groups)
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
-    return {**state_dict, "state": state.wrap(state.amended(state_dict, groups), ids)}
+    found = state.amended(state_dict, groups)
+    # Found out now: once the state is loaded no memory must be asked for.
+    optimizer._has_momentum_alone = state.has_lost_networks(state_dict["param_groups"], found, groups)
+    return {**state_dict, "state": state.wrap(found, ids)}
 
 
 def _uses_moments(group: dict[str, Any]) -> bool:

@@ -213,12 +213,18 @@ def lacks_moments(group: dict[str, Any], state: State) -> bool:
     return entry_with_network(group, state) is not None and MOMENT_KEYS[0] not in entry_of(group, state)
 
 
-def has_lost_network(group: dict[str, Any], state: State) -> bool:
-    """Whether there is momentum, which only steps make, next to a network that has taken none."""
-    entry = entry_of(group, state)
-    if any(entry.get(name, True) for name in ("steps", "meta_step")):
-        return False
-    return any(bool(local(state[p]["momentum"]).any()) for p in group["params"])
+def has_lost_networks(saved_groups: list[dict[str, Any]], found: State, groups: list[dict[str, Any]]) -> bool:
+    """Whether saved state has momentum, which only steps make, next to a network that has taken none."""
+    for saved_group, group in zip(saved_groups, groups, strict=True):
+        state = {p: found.get(key, {}) for key, p in zip(saved_group["params"], group["params"], strict=True)}
+        if entry_with_network(group, state) is None:
+            continue
+        entry = entry_of(group, state)
+        if any(entry.get(name, True) for name in ("steps", "meta_step")):
+            continue
+        if any(bool(local(kept["momentum"]).any()) for kept in state.values() if "momentum" in kept):
+            return True
+    return False
 
 
 def _local_size(params: list[Tensor]) -> int:

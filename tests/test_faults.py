@@ -221,6 +221,12 @@ def test_an_interrupt_at_any_line_of_a_step_loses_nothing():
     assert found["outcomes"].keys() <= set(broken_steps.GOOD)
 
 
+def test_memory_that_runs_out_at_the_end_of_a_load_is_no_exception():
+    """At every operation, not at every so many."""
+    found = broken_steps.run("memory runs out; load; lean, shuffle; native")
+    assert found["outcomes"].keys() == {"nothing changed"}
+
+
 def broken_off():
     """A training whose step was broken off in the middle, and its state before."""
     training = Training("default network")
