@@ -25,7 +25,7 @@ from benchmarks.shootout.contenders import (
 )
 from benchmarks.shootout.plan import Plan, choice, final_jobs, load, robust_jobs
 from benchmarks.shootout.report import write_report
-from benchmarks.shootout.running import Curve, Job, factor_at, run
+from benchmarks.shootout.running import TUNE, Curve, Job, factor_at, run
 from benchmarks.shootout.tasks import TASKS, Task, get_task
 from benchmarks.shootout.tuning import next_trial, scan
 from examples.paper.runs import append_result
@@ -226,6 +226,8 @@ def test_the_score_is_the_mean_of_the_last_tenth_and_the_end_of_the_curve():
     assert record["curve"]["loss"][0] == pytest.approx(np.mean(losses[:3]), rel=1e-6)
     assert record["curve"]["seconds"] == sorted(record["curve"]["seconds"])
     assert 0 < record["optimizer_seconds"] < record["seconds"]
+    trial = run(replace(a_job, stage=TUNE), None)
+    assert (trial["score"], trial["curve"]) == (record["score"], None)
 
 
 def test_a_curve_is_a_running_mean():

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender
-from benchmarks.shootout.plan import FINAL, ROBUST, SEEDS, TUNE, Plan, load, untuned_pairs
+from benchmarks.shootout.plan import SEEDS, Plan, load, untuned_pairs
+from benchmarks.shootout.running import FINAL, ROBUST, TUNE
 from benchmarks.shootout.sharing import work_on
 from benchmarks.shootout.tasks import TASKS, get_task
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from benchmarks.shootout.contenders import RECOMMENDED, Contender, fixed_options, get_contender
 from benchmarks.shootout.problem import Task
-from benchmarks.shootout.running import Job, Record
+from benchmarks.shootout.running import FINAL, ROBUST, TUNE, Job, Record
 from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import read_results
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 1000  # of all trials, and of no other stage: on the same batches trials differ by their settings alone
 FACTORS = (0.01, 0.1, 10.0, 100.0)
-TUNE, FINAL, ROBUST = "tune", "final", "robust"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import FORMAT, SKIPS
 
 Record = dict[str, Any]
+TUNE, FINAL, ROBUST = "tune", "final", "robust"
 POINTS = 100  # of a curve
 TAIL = 0.1  # the share of the steps, at the end, whose mean loss is the score; also the window of the curve
 DIVERGED = 2.0  # a run that ends above so many times the loss of standing still has diverged
@@ -153,7 +154,7 @@ def run(job: Job, data_root: Path | None) -> Record:
         "score": score if diverged_at is None else None,
         "diverged_at": diverged_at,
         "idle_loss": problem.idle_loss,
-        "curve": curve.as_json(),
+        "curve": None if job.stage == TUNE else curve.as_json(),  # of a trial only the score matters
         "seconds": clock.total,
         "optimizer_seconds": clock.optimizer,
         "wall_seconds": time.perf_counter() - wall,

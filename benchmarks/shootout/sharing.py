@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.shootout.plan import FINAL, TUNE, Plan, final_jobs, load, robust_jobs
-from benchmarks.shootout.running import Job, Record, run
+from benchmarks.shootout.plan import Plan, final_jobs, load, robust_jobs
+from benchmarks.shootout.running import FINAL, TUNE, Job, Record, run
 from examples.paper.runs import append_result, fcntl
 
 WAIT_SECONDS = 5.0

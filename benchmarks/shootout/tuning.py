@@ -11,9 +11,9 @@ import optuna
 from optuna.distributions import FloatDistribution
 
 from benchmarks.shootout.contenders import Contender, fixed_options
-from benchmarks.shootout.plan import TUNE, TUNING_SEED, Plan, score_of, trials
+from benchmarks.shootout.plan import TUNING_SEED, Plan, score_of, trials
 from benchmarks.shootout.problem import Task
-from benchmarks.shootout.running import Job, Record
+from benchmarks.shootout.running import TUNE, Job, Record
 
 SCANNED = 0.45  # the share of the trials that scan the learning rate, the others' defaults beside it
 
