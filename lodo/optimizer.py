@@ -13,7 +13,7 @@ from lodo.flat import Place, check_parameters
 from lodo.options import CHANGEABLE, check_options
 from lodo.preconditioners import Preconditioner
 from lodo.rounding import kept_dtype, name_of
-from lodo.saved import check_layout
+from lodo.saved import amended, check_layout, check_saved, has_lost_networks, unwrap, wrap
 from lodo.scalars import Number, choose, energy, is_tensor
 from lodo.step import judge, lodo_step, shorten_
 
@@ -405,7 +405,7 @@ class LODO(Optimizer):
         return {**super().__getstate__(), **({"_is_broken_off": True} if self._is_broken_off else {})}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        state.unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
+        unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
         super().__setstate__(saved)
         self._is_broken_off = saved.get("_is_broken_off", False)
         self._live, self._checked = {}, {}  # rebuilt from `self.state` when it is next needed
@@ -452,12 +452,12 @@ def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
         return None  # torch refuses this itself
     for saved in state_dict["param_groups"]:
         check_options({**optimizer.defaults, **saved})
-    state.check_saved(state_dict, groups)
+    check_saved(state_dict, groups)
     ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
-    found = state.amended(state_dict, groups)
+    found = amended(state_dict, groups)
     # Found out now: once the state is loaded no memory must be asked for.
-    optimizer._has_momentum_alone = state.has_lost_networks(state_dict["param_groups"], found, groups)
-    return {**state_dict, "state": state.wrap(found, ids)}
+    optimizer._has_momentum_alone = has_lost_networks(state_dict["param_groups"], found, groups)
+    return {**state_dict, "state": wrap(found, ids)}
 
 
 def _uses_moments(group: dict[str, Any]) -> bool:

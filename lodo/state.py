@@ -1,14 +1,11 @@
-"""What LODO keeps between steps, how it lies in `optimizer.state`, and how saved states are checked and read.
+"""What LODO keeps between steps, and how it lies in `optimizer.state`. (`lodo.saved` checks what is loaded into it.)
 
 Per parameter: "momentum", shaped like it. On the first parameter of a group that requires gradients (what there is for
-others is lost when torch.distributed.checkpoint loads it), for the whole group: "theta" and,
-where it has indices, "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and
-"meta_step" of the inner Adam; "last_lr" (as `max_step_norm` left it); "steps" taken and "skipped" (left out for bad
-gradients); "format" of this layout. Network and momentum are float32, or float64 for groups with float64 parameters;
-the moments of the inner Adam and the momentum may be bfloat16 instead.
-
-torch's `Optimizer.load_state_dict` casts state to the dtype of the parameter, which would round a float32 network to
-bfloat16 and ruin indices. Saved tensors therefore travel through it inside `AsSaved`, which it does not look into.
+others is lost when torch.distributed.checkpoint loads it), for the whole group: "theta" and, where it has indices,
+"permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and "meta_step" of the inner Adam;
+"last_lr" (as `max_step_norm` left it); "steps" taken and "skipped" (left out for bad gradients); "format" of this
+layout. Network and momentum are float32, or float64 for groups with float64 parameters; the moments of the inner Adam
+and the momentum may be bfloat16 instead.
 
 On several ranks: the momentum of a parameter that is a DTensor is a DTensor like it, and is resharded with it by
 torch.distributed.checkpoint. If the parameters are sharded, each shard has its own network, and all that is kept for
@@ -18,7 +15,6 @@ as one) is loaded without its networks, which start anew. FSDP1's parameters do 
 "fsdp1_rank" holds the rank and the number of ranks.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,19 +25,15 @@ from lodo import kernels, meta
 from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import kept_dtype
-from lodo.saved import COMPUTED, KEPT, check_names, check_numbers, check_tensor
 from lodo.scalars import Cell
-from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1, shown_as
+from lodo.sharding import Sharding, local, rank_of_fsdp1, shown_as
 
 FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
 SHARDED_FORMAT = 3
-READABLE = (1, 2, 3)
-GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
 OTHER_GROUPS = """the state of a param group is that of other groups, whose networks act on other parameters; \
 ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
-ENTRY_KEYS = ("momentum", "format", "shards", "fsdp1_rank", "theta", "permutations", *MOMENT_KEYS, *COUNT_KEYS)
 
 State = dict[Any, dict[str, Any]]
 
@@ -200,11 +192,11 @@ def entry_of(group: dict[str, Any], state: State) -> dict[str, Any]:
     sharding = Sharding.of(params)
     entry = entry_with_network(group, state)
     assert entry is not None
-    return entry if sharding is None else sharding.opened(entry, shapes(_local_size(params), group))
+    return entry if sharding is None else sharding.opened(entry, shapes(local_size(params), group))
 
 
 def is_bare(group: dict[str, Any], state: State) -> bool:
-    """Whether `amended` has left out the group's network."""
+    """Whether `lodo.saved.amended` has left out the group's network."""
     return "theta" not in entry_of(group, state)
 
 
@@ -213,21 +205,7 @@ def lacks_moments(group: dict[str, Any], state: State) -> bool:
     return entry_with_network(group, state) is not None and MOMENT_KEYS[0] not in entry_of(group, state)
 
 
-def has_lost_networks(saved_groups: list[dict[str, Any]], found: State, groups: list[dict[str, Any]]) -> bool:
-    """Whether saved state has momentum, which only steps make, next to a network that has taken none."""
-    for saved_group, group in zip(saved_groups, groups, strict=True):
-        state = {p: found.get(key, {}) for key, p in zip(saved_group["params"], group["params"], strict=True)}
-        if entry_with_network(group, state) is None:
-            continue
-        entry = entry_of(group, state)
-        if any(entry.get(name, True) for name in ("steps", "meta_step")):
-            continue
-        if any(bool(local(kept["momentum"]).any()) for kept in state.values() if "momentum" in kept):
-            return True
-    return False
-
-
-def _local_size(params: list[Tensor]) -> int:
+def local_size(params: list[Tensor]) -> int:
     return sum(local(p).numel() for p in params)
 
 
@@ -318,188 +296,6 @@ def _check_bound(group: dict[str, Any], state: State) -> None:
             "use add_param_group for new ones"
         )
     theta = entry_of(group, state).get("theta")
-    fits = theta is None or tuple(theta.shape) == shapes(_local_size(params), group)["theta"]
+    fits = theta is None or tuple(theta.shape) == shapes(local_size(params), group)["theta"]
     if not fits or sum("format" in state[p] for p in params) > 1:
         raise RuntimeError(OTHER_GROUPS)
-
-
-class AsSaved:
-    """A saved tensor on its way past the cast in `Optimizer.load_state_dict`."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def wrap(state: State, ids: set[int]) -> State:
-    """The saved state with the tensors of the parameters `ids` wrapped. Entries that hooks keep under keys of their own
-    are left alone."""
-
-    def wrapped(entry: dict[str, Any]) -> dict[str, Any]:
-        return {name: AsSaved(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
-
-    return {key: wrapped(entry) if key in ids else entry for key, entry in state.items()}
-
-
-def unwrap(state: State) -> None:
-    """Replaces every `AsSaved` by a copy of its tensor, in its saved dtype, on its parameter's device."""
-    for p, entry in state.items():
-        if isinstance(p, Tensor):
-            for name, value in entry.items():
-                if isinstance(value, AsSaved):
-                    entry[name] = value.tensor.detach().to(p.device, copy=True)
-
-
-def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuses a state dict that these groups cannot go on from, before anything has changed.
-
-    Raises:
-        ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, or
-            is of another format, preconditioner or shape, or holds what only a diverged training leaves, or none.
-    """
-    for index, (saved_group, group) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        kind = saved_group.get("preconditioner", group["preconditioner"])
-        if kind != group["preconditioner"]:
-            raise ValueError(
-                f"param group {index}: the saved state is of preconditioner {kind!r}, this optimizer's is "
-                f"{group['preconditioner']!r}"
-            )
-        entries = [saved["state"].get(key, {}) for key in saved_group["params"]]
-        if any(entries):
-            _check_group(f"param group {index}", entries, group)
-            # The saved options will replace the present ones, so they have to describe the saved network too.
-            described = {**group, **saved_group, "params": group["params"]}
-            _check_group(f"param group {index}", entries, described)
-            _check_values(f"param group {index}", entries, described)
-
-
-def amended(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
-    """The saved state, without the networks that were learned for another number of shards, and with the momentum of
-    frozen parameters, which torch.distributed.checkpoint leaves out."""
-    found = dict(saved["state"])
-    for saved_group, group in zip(saved["param_groups"], groups, strict=True):
-        keys = saved_group["params"]
-        with_network = next((key for key in keys if "format" in found.get(key, ())), None)
-        if with_network is None:
-            continue
-        entry = found[with_network]
-        if _is_misfit(entry, Sharding.of(group["params"])):
-            found[with_network] = {name: entry[name] for name in ("momentum", "format")}
-        for key, p in zip(keys, group["params"], strict=True):
-            if _may_lack_momentum(p, found.get(key, {})):
-                found[key] = {**found.get(key, {}), "momentum": torch.zeros_like(p)}
-    return found
-
-
-def _may_lack_momentum(p: Tensor, entry: dict[str, Any]) -> bool:
-    return not p.requires_grad and "momentum" not in entry
-
-
-def _is_misfit(entry: dict[str, Any], sharding: Sharding | None) -> bool:
-    # "shards" alone does not tell: what a distributed checkpoint lacks is left as it was in the state loaded into.
-    found = 1 if entry.get("format") != SHARDED_FORMAT else int(entry["shards"]) if "shards" in entry else 0
-    return found != (1 if sharding is None else sharding.shards)
-
-
-def _first(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entry with what was saved for the group; the first one if there is none."""
-    return next((entry for entry in entries if "format" in entry), entries[0])
-
-
-def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    first, params = _first(entries), group["params"]
-    sharding, size = Sharding.of(params), _local_size(params)
-    _check_kind(where, first)
-    is_misfit = "format" in first and _is_misfit(first, sharding)
-    if sharding is not None and not is_misfit:
-        sharding.check_saved(where, first, shapes(sharding.largest, group))
-        formats = {"format": first["format"]} if "format" in first else {}
-        first = {**sharding.opened(first, shapes(size, group)), **formats}
-    if missing := [name for name in (("format",) if is_misfit else GROUP_KEYS) if name not in first]:
-        raise ValueError(f"{where}: not a state of LODO, or an incomplete one: {', '.join(missing)} missing")
-    for number, (entry, p) in enumerate(zip(entries, params, strict=True)):
-        what = f"{where}, parameter {number}: momentum"
-        if _may_lack_momentum(p, entry):
-            continue
-        check_tensor(what, entry.get("momentum"), tuple(p.shape), KEPT)
-        check_saved_like(what, entry["momentum"], p)
-    if is_misfit:
-        return
-    _check_fsdp1_rank(where, first.get("fsdp1_rank"), rank_of_fsdp1(params))
-    shape = BY_NAME[group["preconditioner"]].theta_shape(size, group)
-    check_tensor(f"{where}: theta (set by depth, block_size and expansion)", first["theta"], shape, COMPUTED)
-    if any(name in first for name in MOMENT_KEYS):
-        for name in MOMENT_KEYS:
-            check_tensor(f"{where}: {name}", first.get(name), shape, KEPT)
-    for name in ("meta_step", "last_lr"):
-        check_tensor(f"{where}: {name}", first[name], (), COMPUTED)
-    check_tensor(f"{where}: skipped", first["skipped"], (), (torch.int64,))
-    if first["format"] > 1:
-        check_tensor(f"{where}: steps", first.get("steps"), (), (torch.int64,))
-    _check_permutations(where, first.get("permutations"), size, group)
-
-
-def _check_fsdp1_rank(where: str, value: Any, own: tuple[int, int] | None) -> None:
-    """FSDP1's shards have equal sizes, so that the network of one rank would fit another."""
-    saved = None if value is None else tuple(value.tolist())
-    if saved is not None and saved != own:
-        here = f"rank {own[0]} of {own[1]}" if own else "no shard of it"
-        raise ValueError(
-            f"{where}: the saved network acts on the shard that FullyShardedDataParallel gives to rank {saved[0]} of "
-            f"{saved[1]}, this is {here}; save and load optimizer.state_dict() on each rank"
-        )
-
-
-def _check_kind(where: str, entry: dict[str, Any]) -> None:
-    """Refuses another format, and marks of one that are no integers."""
-    found = entry.get("format", FORMAT)
-    if type(found) is not int or found not in READABLE:
-        raise ValueError(
-            f"{where}: the state has format {found!r}, this version of lodo reads formats 1 to "
-            f"{READABLE[-1]}; load it with the version of lodo that wrote it"
-        )
-    if "shards" in entry:
-        check_tensor(f"{where}: shards", entry["shards"], (1,), (torch.int64,))
-
-
-def _check_values(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """Refuses numbers that only a diverged training leaves, and names that nothing reads, in a state that fits."""
-    first = _first(entries)
-    for number, entry in enumerate(entries):
-        what = f"{where}, parameter {number}"
-        check_names(what, entry, ENTRY_KEYS if entry is first else ENTRY_KEYS[:1])
-        if "momentum" in entry:
-            check_numbers(f"{what}: momentum", entry["momentum"])
-    params = group["params"]
-    sharding = Sharding.of(params)
-    if _is_misfit(first, sharding):
-        return
-    kept = first if sharding is None else sharding.opened(first, shapes(_local_size(params), group))
-    # Those that must be there have been looked for; a group that never learned has no moments.
-    for name, low in (("theta", -math.inf), (MOMENT_KEYS[0], -math.inf), (MOMENT_KEYS[1], 0), ("last_lr", -math.inf)):
-        if name in kept:
-            check_numbers(f"{where}: {name}", kept[name], low)
-    for name in ("meta_step", "skipped", "steps"):
-        if name in kept:
-            check_numbers(f"{where}: {name}", kept[name], 0, whole=True)
-    is_adam = group["meta_optimizer"] == "adam" and group["meta_lr"] > 0
-    if is_adam and MOMENT_KEYS[0] not in kept and int(kept["meta_step"]) > 0:
-        raise ValueError(
-            f"{where}: {' and '.join(MOMENT_KEYS)} are missing in the saved state of an inner Adam that has learned"
-        )
-
-
-def _check_permutations(where: str, value: Any, size: int, group: dict[str, Any]) -> None:
-    """The kernels trust the indices, so ones that lead out of the vector must not get in."""
-    shape = BY_NAME[group["preconditioner"]].permutations_shape(size, group)
-    if (value is None) != (shape is None):
-        saved = "without indices (the shuffle)" if value is None else "with index permutations"
-        raise ValueError(
-            f"{where}: the saved network is {saved}, this optimizer has permutation={group['permutation']!r}"
-        )
-    if shape is None:
-        return
-    check_tensor(f"{where}: permutations", value, shape, (torch.int32,))
-    for row in value:
-        seen = torch.zeros(shape[1], dtype=torch.bool, device="cpu")
-        if not 0 <= row.min() <= row.max() < shape[1] or not seen.index_fill_(0, row.cpu().long(), True).all():
-            raise ValueError(f"{where}: each row of permutations must hold 0 to {shape[1] - 1} once in the saved state")
