@@ -7,8 +7,8 @@ import resume
 import torch
 from oracle import KINDS, learned, matvec, quadratic
 from test_checkpoints import assert_same, edit, fresh_pair, through_file
-from test_optimizer import assert_equal, mlp, parameters_of, train
 from torch import nn
+from training import assert_equal, mlp, parameters_of, train
 
 import lodo
 from lodo import scalars
