@@ -1,16 +1,16 @@
 """The contracts that torch's own battery (test/test_optim.py) holds every optimizer to, held against LODO.
 
-`CONFIGS` is what torch calls an `optim_inputs_func`; `info` puts it into torch's `OptimizerInfo`. Only the tests that
-ask torch's database for something need it to be importable (it wants the package expecttest); the others always run.
+`CONFIGS` (battery.py) is what torch calls an `optim_inputs_func`; `info` puts it into torch's `OptimizerInfo`. Only the
+tests that ask torch's database for something need it to be importable (it wants the package expecttest); the others
+always run.
 """
 
 import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
 import torch
+from battery import CONFIGS, Problem, every_config, plain
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import lr_scheduler, swa_utils
@@ -18,28 +18,6 @@ from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lodo import LODO
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "meta_lr 0": {"meta_lr": 0.0},
-    "residual": {"preconditioner": "residual", "depth": 3},
-    "diagonal": {"preconditioner": "diagonal"},
-    "scalar": {"preconditioner": "scalar"},
-    "depth 0": {"depth": 0},
-    "blocks of 3": {"depth": 2, "block_size": 3, "expansion": 1.5, "seed": 1},
-    "blocks of 1": {"depth": 2, "block_size": 1, "expansion": 1},
-    "shuffle": {"permutation": "shuffle", "depth": 4},
-    "inner sgd": {"meta_optimizer": "sgd", "depth": 2},
-    "bfloat16 moments": {"meta_state_dtype": "bfloat16"},
-    "bfloat16 momentum": {"momentum_dtype": "bfloat16"},
-    "every third step": {"meta_every": 3},
-    "weight_decay": {"weight_decay": 0.1},
-    "maximize": {"maximize": True},
-    "maximize, weight_decay": {"maximize": True, "weight_decay": 0.1, "lr": 0.5},
-    "beta 0": {"beta": 0.0},
-    "tensor lr": {"lr": torch.tensor(0.7)},
-    "tensor lr, weight_decay": {"lr": torch.tensor([0.7]), "weight_decay": 0.1, "preconditioner": "diagonal"},
-}
 
 NOT_APPLICABLE = {
     "foreach": "a group is one flat vector: there is no loop over its tensors to replace",
@@ -100,60 +78,6 @@ SCHEDULERS = {
     "SequentialLR": lambda opt: lr_scheduler.SequentialLR(opt, [StepLR(opt, 2, 0.9), ExponentialLR(opt, 0.9)], [5]),
     "ChainedScheduler": lambda opt: lr_scheduler.ChainedScheduler([StepLR(opt, 2, 0.9), ExponentialLR(opt, 0.95)]),
 }
-
-every_config = pytest.mark.parametrize("kwargs", CONFIGS.values(), ids=CONFIGS)
-
-
-class Problem:
-    """Least squares in a weight and a bias, with curvature at most 1, and a LODO on it."""
-
-    def __init__(self, kwargs, *, dtype=torch.float32, device="cpu", contiguous=True, named=False, groups=None):
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int) -> Parameter:
-            numbers = torch.randn(*shape, 2, generator=generator, dtype=torch.float32).to(device, dtype)[..., 0]
-            return Parameter(numbers.contiguous() if contiguous else numbers)
-
-        self.weight, self.bias = self.params = draw(6, 5), draw(6)
-        self.input = torch.nn.functional.normalize(draw(5).detach(), dim=0)
-        self.contiguous = contiguous
-        params: Any = list(zip(("weight", "bias"), self.params, strict=True)) if named else self.params
-        if groups is not None:
-            params = [{"params": [p], **options} for p, options in zip(params, groups, strict=True)]
-        self.optimizer = LODO(params, **copy.deepcopy(kwargs))  # a scheduler may write into a tensor lr
-
-    def closure(self) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = (self.weight @ self.input + self.bias).square().sum() / 4
-        loss.backward()
-        if not self.contiguous:
-            for p in self.params:
-                p.grad = torch.stack((p.grad, p.grad), dim=-1)[..., 0]
-        return loss
-
-    def run(self, steps: int) -> "Problem":
-        for _ in range(steps):
-            self.closure()
-            self.optimizer.step()
-        return self
-
-    def values(self) -> Any:
-        return plain([p.detach() for p in self.params])
-
-    def saved(self) -> Any:
-        return plain(self.optimizer.state_dict())
-
-    def went_right(self, start: Tensor) -> bool:
-        return bool(self.closure() > start) is self.optimizer.param_groups[0]["maximize"]
-
-
-def plain(value: Any) -> Any:
-    """A copy of nested state in which tensors are their dtype and numbers, to be compared exactly."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.tolist()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture(scope="module")
@@ -441,119 +365,6 @@ def test_add_param_group(kwargs):
     optimizer.step()
     assert not torch.equal(late, torch.ones(3))
     assert problem.values() == Problem(kwargs).run(4).values()
-
-
-@pytest.mark.parametrize(
-    "copier", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"]
-)
-@every_config
-def test_copies_go_on_by_themselves(kwargs, copier):
-    for steps in (0, 3):
-        problem = Problem(kwargs).run(steps)
-        twin = copier(problem)
-        public, copied = ({name for name in vars(it.optimizer) if name[0] != "_"} for it in (problem, twin))
-        assert copied == public
-        before = twin.values(), twin.saved()
-        problem.run(3)
-        assert (twin.values(), twin.saved()) == before
-        assert twin.run(3).values() == problem.values()
-        assert twin.saved() == problem.saved()
-
-
-@every_config
-def test_saved_state_goes_on_bit_for_bit(kwargs):
-    problem, other, file = Problem(kwargs).run(4), Problem(kwargs), io.BytesIO()
-    torch.save(problem.optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    before = plain(saved)
-    assert before == problem.saved()
-    assert set(problem.optimizer.state) == set(problem.params)
-    for p, entry in problem.optimizer.state.items():
-        assert entry["momentum"].shape == p.shape
-        assert "step" not in entry
-    for p, source in zip(other.params, problem.params, strict=True):
-        p.data.copy_(source)
-    other.optimizer.load_state_dict(saved)
-    for _ in range(4):
-        assert problem.run(1).values() == other.run(1).values()
-        assert problem.saved() == other.saved()
-    assert plain(saved) == before  # neither the load nor the steps write into it
-    group = other.optimizer.param_groups[0]
-    if group["meta_optimizer"] == "adam":
-        inner_steps = 8 // group["meta_every"] if group["meta_lr"] > 0 else 0
-        assert other.optimizer.state[other.weight]["meta_step"] == inner_steps
-    other.optimizer.param_groups.append(group)  # a parameter that is there twice is one in the state dict
-    assert other.saved()["param_groups"][0] == other.saved()["param_groups"][1]
-
-
-@pytest.mark.parametrize("named", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-def test_names_travel_with_the_state(named):
-    problem, other = (Problem({}, named=flag) for flag in named)
-    other.optimizer.load_state_dict(problem.run(2).optimizer.state_dict())
-    names = ["weight", "bias"] if any(named) else None
-    assert other.run(1).saved()["param_groups"][0].get("param_names") == names
-
-
-@every_config
-def test_state_of_an_older_version_can_be_loaded(kwargs):
-    problem = Problem(kwargs).run(2)
-    options = list(problem.optimizer.defaults)
-    for missing in [options, *([name] for name in options)]:
-        saved, other = copy.deepcopy(problem.optimizer.state_dict()), Problem(kwargs)
-        for name in missing:
-            del saved["param_groups"][0][name]
-        other.optimizer.load_state_dict(saved)
-        assert other.saved() == problem.saved()
-        other.run(1)
-
-
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@pytest.mark.parametrize(("dtype", "device"), [("bfloat16", "cpu"), pytest.param("float32", "cuda", marks=NO_CUDA)])
-@every_config
-def test_state_keeps_its_bits_where_parameters_are_cast_or_moved(kwargs, dtype, device):
-    here, there = Problem(kwargs).run(3), Problem(kwargs, dtype=getattr(torch, dtype), device=device)
-    there.optimizer.load_state_dict(here.optimizer.state_dict())
-    assert there.saved() == here.saved()
-    entry = there.run(1).optimizer.state[there.weight]
-    found = {name: (entry[name].dtype, entry[name].device.type) for name in ("momentum", "theta")}
-    kept = torch.bfloat16 if "momentum_dtype" in kwargs else torch.float32
-    assert found == {"momentum": (kept, device), "theta": (torch.float32, device)}
-    back = Problem(kwargs)
-    back.optimizer.load_state_dict(there.optimizer.state_dict())
-    assert back.saved() == there.saved()
-    back.run(1)
-
-
-def test_state_dict_hooks():
-    problem, seen = Problem({}).run(1), []
-    optimizer = problem.optimizer
-    optimizer.register_state_dict_pre_hook(lambda opt: seen.append("save"))
-    optimizer.register_state_dict_post_hook(lambda opt, saved: {**saved, "note": "saved"})
-    optimizer.register_load_state_dict_pre_hook(lambda opt, given: seen.append(given["note"]))
-    optimizer.register_load_state_dict_pre_hook(lambda opt, given: {**given, "note": "first"}, prepend=True)
-    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append("loaded"))
-    saved, before = optimizer.state_dict(), problem.saved()
-    optimizer.load_state_dict(saved)
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        optimizer.load_state_dict({"state": {}, "param_groups": []})
-    assert seen == ["save", "save", "first", "loaded", "first"]
-    assert saved["note"] == "saved"
-    assert problem.saved() == before
-    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 2  # and none of LODO's
-
-
-@pytest.mark.parametrize("value", [1, {"seen": torch.ones(2)}], ids=["number", "dict"])
-def test_state_that_hooks_keep_under_their_own_key_survives(value):
-    problem, other = Problem({}).run(1), Problem({})
-    problem.optimizer.register_state_dict_pre_hook(lambda opt: opt.state.__setitem__("hook", value))
-    other.optimizer.load_state_dict(problem.optimizer.state_dict())
-    assert plain(other.optimizer.state["hook"]) == plain(value)
-    twin = copy.deepcopy(problem)
-    assert plain(twin.optimizer.state["hook"]) == plain(value)
-    assert twin.run(1).values() == problem.run(1).values()
 
 
 def test_step_hooks_and_profile():
