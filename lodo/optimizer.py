@@ -1,6 +1,5 @@
 """The optimizer `lodo.LODO`: arguments, param groups, closure, the call of a step. No mathematics."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -10,17 +9,13 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import diagnostics, state
 from lodo.flat import Place, check_parameters
+from lodo.notices import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
 from lodo.options import CHANGEABLE, check_options
 from lodo.preconditioners import Preconditioner
 from lodo.rounding import kept_dtype, name_of
 from lodo.saved import amended, check_layout, check_saved, has_lost_networks, unwrap, wrap
 from lodo.scalars import Number, choose, energy, is_tensor
 from lodo.step import judge, lodo_step, shorten_
-
-BROKEN_OFF = (
-    "LODO's step was broken off in the middle: parameters and optimizer state may no longer fit together. Load both "
-    "from the last checkpoint; load_state_dict makes the optimizer ready again."
-)
 
 
 class LODO(Optimizer):
@@ -303,12 +298,7 @@ class LODO(Optimizer):
         """Warns at the first skipped step that the host knows of."""
         if not self._has_warned and live.has_new_skips():
             self._has_warned = True
-            warnings.warn(
-                "LODO skipped a step: a gradient holds NaN or infinity (or is so large that its hypergradient would "
-                "overflow), and nothing has changed; or the step itself overflowed, under max_step_norm, and no "
-                "parameter has moved. `skipped_steps` counts such steps. This warning is shown once.",
-                stacklevel=3,
-            )
+            warn(SKIPPED)
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
         lr, momentum = live.lr.get(), live.momentum.to(live.flat.dtype)
@@ -361,7 +351,7 @@ class LODO(Optimizer):
     def state_dict(self) -> StateDict:
         """As torch's; warns if the last step was broken off in the middle."""
         if self._is_broken_off:
-            warnings.warn(f"The state is not worth keeping. {BROKEN_OFF}", stacklevel=2)
+            warn(NOT_WORTH_KEEPING)
         else:
             for group in self.param_groups:
                 if _uses_moments(group) and state.lacks_moments(group, self.state):
@@ -387,18 +377,9 @@ class LODO(Optimizer):
         for group in renewed:
             self._group_state(group)
         if renewed:
-            warnings.warn(
-                "LODO loaded a state that was saved with another number of shards. Momentum and options go on; the "
-                "networks, which belong to shards, do not fit any more and start anew.",
-                stacklevel=2,
-            )
+            warn(NEW_NETWORKS)
         elif self._has_momentum_alone:
-            warnings.warn(
-                "LODO loaded momentum without the network that it belongs to, which starts anew. Either none had been "
-                "saved, or torch.distributed.checkpoint has left it out, as it does with what was saved for parameters "
-                "that are frozen now.",
-                stacklevel=2,
-            )
+            warn(LOST_NETWORK)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of an optimizer that must not go on must not either.
