@@ -78,10 +78,11 @@ def spectrum(
     for name, value in (("probes", probes), ("iterations", iterations)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     found = []
     for _ in range(probes):
-        signs = torch.randint(0, 2, (preconditioner.size,), generator=generator, dtype=torch.int8) * 2 - 1
+        bits = torch.randint(0, 2, (preconditioner.size,), generator=generator, dtype=torch.int8, device="cpu")
+        signs = bits * 2 - 1
         found.append(_lanczos(preconditioner, signs.to(preconditioner.theta), iterations))
     eigenvalues = torch.cat([values for values, _ in found])
     weights = torch.cat([weights for _, weights in found]) / probes
@@ -107,10 +108,11 @@ def _lanczos(operator: Preconditioner, start: Tensor, iterations: int) -> tuple[
             break  # an invariant subspace: the quadrature is exact
         offdiagonal.append(length)
         basis[i + 1] = w / length
-    between = torch.tensor(offdiagonal, dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(between, 1) + torch.diag(between, -1)
+    on_host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    between = torch.tensor(offdiagonal, **on_host)
+    matrix = torch.diag(torch.tensor(diagonal, **on_host)) + torch.diag(between, 1) + torch.diag(between, -1)
     if not matrix.isfinite().all():
-        return torch.full((1,), math.nan, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return torch.full((1,), math.nan, **on_host), torch.ones(1, **on_host)
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors[0].square()
 

@@ -102,6 +102,26 @@ def test_each_group_has_its_figures_once_it_has_stepped():
     assert third == {}
 
 
+def test_the_default_device_and_dtype_have_no_influence():
+    optimizer, _, gradient = trained()
+    gradient()
+    expected, usual = optimizer.diagnostics(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):  # stands for an accelerator where the parameters are not
+            found = optimizer.diagnostics()
+            eigenvalues, _ = lodo.spectrum(optimizer.preconditioners[0])
+            optimizer.preconditioners[0].theta.fill_(math.nan)
+            nothing, _ = lodo.spectrum(optimizer.preconditioners[0])
+    finally:
+        torch.set_default_dtype(usual)
+    for figures in (*found, *expected):
+        for name in [name for name in figures if name.startswith("seconds")]:
+            del figures[name]
+    assert found == expected
+    assert eigenvalues.device.type == nothing.device.type == "cpu"
+
+
 def test_maximize_counts_the_gradient_upwards():
     x = nn.Parameter(torch.zeros(4))
     optimizer = lodo.LODO([x], maximize=True)
