@@ -126,7 +126,7 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     moves = moves if any(moves) else [True] * len(moves)
     lr, last_lr = float(group["lr"]), float(live.last_lr.get())
     m, g, x = live.momentum.to(flat.dtype), flat.new_vector(), flat.new_vector()
-    flat.gather([t if moved else None for t, moved in zip(flat.tensors(params), moves, strict=True)], flat.views(x))
+    flat.gather(flat.tensors(params), flat.views(x))
     seconds: dict[str, float] = {}
     with _timed("seconds_gather", seconds, flat.device):
         flat.gather(flat.gradients(params), flat.views(g))
@@ -134,8 +134,8 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
         g.neg_()
     with _timed("seconds_apply", seconds, flat.device):
         step = network.apply(m).mul_(last_lr)
-    for part in (part for part, moved in zip(flat.views(step), moves, strict=True) if not moved):
-        part.zero_()
+    for vector in (step, x):
+        flat.mask_(flat.views(vector), moves)
     eigenvalues, weights = spectrum(network, probes=probes, iterations=iterations)
     result = {
         "steps": float(live.steps.get()),

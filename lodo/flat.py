@@ -87,3 +87,10 @@ class FlatParameters:
         for view, tensor in zip(views, tensors, strict=True):
             if tensor is None:
                 view.zero_()
+
+    @staticmethod
+    def mask_(views: Sequence[Tensor], kept: Sequence[bool]) -> None:
+        """Zeroes the parts of a vector that are not kept."""
+        for view, is_kept in zip(views, kept, strict=True):
+            if not is_kept:
+                view.zero_()

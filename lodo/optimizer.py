@@ -327,20 +327,20 @@ class LODO(Optimizer):
         params = live.flat.tensors(group["params"])
         parts = live.flat.views(step)
         moves = [p.grad is not None for p in group["params"]]
-        made_lr = lr
+        made_lr, is_finite = lr, True
         if group["max_step_norm"] is not None or group["weight_decay"] != 0:
             # Into the memory of the gradient, which has done its work.
-            live.flat.gather([tensor if moves[i] else None for i, tensor in enumerate(params)], live.gradient_parts)
+            live.flat.gather(params, live.gradient_parts)
         if group["max_step_norm"] is not None:
-            for part in (part for part, is_moved in zip(parts, moves, strict=True) if not is_moved):
-                part.zero_()
+            for views in (parts, live.gradient_parts):
+                live.flat.mask_(views, moves)
             factor, is_finite = shorten_(step, live.gradient, group["max_step_norm"])
             made_lr = lr * factor
             live.skipped.set(live.skipped.get() + (is_finite == 0))
         live.last_lr.set(choose(active, made_lr, live.last_lr.get()))
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
-            step.add_(live.gradient.mul_(lr * group["weight_decay"] * active))
+            step.add_(live.gradient.mul_(lr * group["weight_decay"] * active * is_finite))
         torch._foreach_sub_(
             [tensor for tensor, is_moved in zip(params, moves, strict=True) if is_moved],
             [part for part, is_moved in zip(parts, moves, strict=True) if is_moved],

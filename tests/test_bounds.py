@@ -67,12 +67,13 @@ def test_parameters_at_zero_can_leave_it_and_weight_decay_comes_on_top():
     assert step.norm().item() == pytest.approx(0.5 * 1e-3 * 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-31])
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_step_that_overflows_moves_nothing_and_is_counted(readable, monkeypatch):
+def test_a_step_that_overflows_moves_nothing_and_is_counted(readable, weight_decay, monkeypatch):
     if not readable:
         monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
     x = nn.Parameter(torch.ones(5))
-    optimizer = lodo.LODO([x], lr=1e30, meta_lr=0.0, beta=0.0, max_step_norm=0.1)
+    optimizer = lodo.LODO([x], lr=1e30, meta_lr=0.0, beta=0.0, max_step_norm=0.1, weight_decay=weight_decay)
     x.grad = torch.full((5,), 1e18)
     with pytest.warns(UserWarning, match="overflowed"):
         optimizer.step()
