@@ -36,6 +36,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     check_sharding(params)
 
 
+def computed_dtype(params: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of a group's network: float64 if a parameter is, else float32."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+
 class FlatParameters:
     """Where each parameter of a group lies in the group's vector, and the copies to and from it.
 
@@ -51,7 +56,7 @@ class FlatParameters:
         self.device = params[0].device
         ranks = is_fsdp1(params[0]) or None if self.sharding is None else self.sharding.ranks
         self.place: Place = (self.device, ranks)
-        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        self.dtype = computed_dtype(params)
         self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
 
     def tensors(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -70,7 +75,7 @@ class FlatParameters:
         )
 
     def new_vector(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros of shape (n,), in the network's dtype (float64 if a parameter is, else float32) or another."""
+        """Zeros of shape (n,), in the network's dtype or another."""
         return torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
 
     def views(self, vector: Tensor) -> list[Tensor]:

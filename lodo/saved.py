@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lodo.flat import computed_dtype
 from lodo.preconditioners import BY_NAME
 from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1
 from lodo.state import (
@@ -165,9 +166,10 @@ def amended(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
         entry = found[with_network]
         if _is_misfit(entry, Sharding.of(group["params"])):
             found[with_network] = {name: entry[name] for name in ("momentum", "format")}
+        dtype = computed_dtype(group["params"])
         for key, p in zip(keys, group["params"], strict=True):
             if _may_lack_momentum(p, found.get(key, {})):
-                found[key] = {**found.get(key, {}), "momentum": torch.zeros_like(p)}
+                found[key] = {**found.get(key, {}), "momentum": torch.zeros_like(p, dtype=dtype)}
     return found
 
 

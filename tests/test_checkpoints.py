@@ -334,6 +334,22 @@ def test_numpy_numbers_among_the_options_are_saved_as_plain_ones():
     assert type(loaded["param_groups"][0]["beta"]) is float
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_state_without_the_momentum_of_frozen_parameters_can_be_saved_again_at_once(dtype):
+    """torch.distributed.checkpoint leaves it out; what is saved must not depend on whether there was a step since."""
+    params = [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=False)]
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = lodo.LODO(params)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    whole = copy.deepcopy(saved)
+    del saved["state"][1]["momentum"]
+    other = lodo.LODO(params)
+    other.load_state_dict(saved)
+    assert_same(other.state_dict(), whole)
+    lodo.LODO(params).load_state_dict(other.state_dict())
+
+
 def test_a_parameter_slipped_into_a_group_is_noticed():
     x, y = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = lodo.LODO([x])
