@@ -180,7 +180,8 @@ def has_lost_networks(saved_groups: list[dict[str, Any]], found: State, groups: 
         if entry_with_network(group, state) is None:
             continue
         entry = entry_of(group, state)
-        if any(entry.get(name, True) for name in ("steps", "meta_step")):
+        # A frozen network counts no inner steps, and one of format 1 no steps, but each left the lr of its last one.
+        if any(entry.get(name, True) for name in ("steps", "meta_step", "last_lr")):
             continue
         if any(bool(local(kept["momentum"]).any()) for kept in state.values() if "momentum" in kept):
             return True

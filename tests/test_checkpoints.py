@@ -350,6 +350,20 @@ def test_a_state_without_the_momentum_of_frozen_parameters_can_be_saved_again_at
     lodo.LODO(params).load_state_dict(other.state_dict())
 
 
+def test_a_frozen_network_of_format_1_is_not_taken_for_lost():
+    """Format 1 had no count of the steps, and its inner optimizer took none: no warning, on the second load either."""
+    x = nn.Parameter(torch.ones(3))
+    x.grad = torch.ones_like(x)
+    optimizer = lodo.LODO([x], meta_lr=0.0)
+    optimizer.step()
+    other = lodo.LODO([x])
+    other.load_state_dict(edit(optimizer.state_dict(), format=1, steps=None))
+    assert torch.equal(other.preconditioners[0].theta, optimizer.preconditioners[0].theta)
+    saved = other.state_dict()
+    assert (saved["state"][0]["format"], int(saved["state"][0]["steps"])) == (2, 0)
+    lodo.LODO([x]).load_state_dict(saved)
+
+
 def test_a_parameter_slipped_into_a_group_is_noticed():
     x, y = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = lodo.LODO([x])
