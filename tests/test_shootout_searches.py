@@ -178,6 +178,17 @@ def test_a_claim_ends_with_its_process(tmp_path):
         assert is_ours
 
 
+def test_a_command_outlives_its_shell_and_a_worker_not_its_command(tmp_path, monkeypatch):
+    a_plan = plan(tmp_path, contenders=["LODO"], seeds=(0, 1, 2))
+    parents, made = iter(range(100, 200)), []
+    monkeypatch.setattr(sharing.os, "getppid", lambda: next(parents))  # another one each time it is asked for
+    monkeypatch.setattr(sharing, "run", lambda a_job, root: made.append(a_job) or fake(a_job, 1.0))
+    assert sharing.work(a_plan, "final", parent=99) == 0
+    assert made == []
+    sharing.work_on(a_plan, "final")
+    assert len(made) == 3
+
+
 def test_a_run_that_raises_takes_no_other_with_it(tmp_path, monkeypatch):
     a_plan = plan(tmp_path, contenders=["LODO"], tasks=["bowl", "rosenbrock"])
 

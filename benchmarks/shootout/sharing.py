@@ -69,14 +69,19 @@ def claim(folder: Path, name: str) -> Iterator[bool]:
             yield True
 
 
-def work(plan: Plan, stage: str) -> int:
-    """Makes runs until the stage is done; returns how many units failed. Several processes may do so at once."""
-    own, parent = units(plan, stage, load(plan.records_path)), os.getppid()
+def work(plan: Plan, stage: str, parent: int | None = None) -> int:
+    """Makes runs until the stage is done; returns how many units failed. Several processes may do so at once.
+
+    Args:
+        parent: the process of the command, for a worker, which must not go on alone if the command is killed. The
+            command itself outlives its parent, the shell that it may have been left behind by.
+    """
+    own = units(plan, stage, load(plan.records_path))
     failed: set[str] = set()
     while True:
         records = load(plan.records_path)
         left = [unit for unit in own if unit.name not in failed and unit.next_job(records) is not None]
-        if not left or os.getppid() != parent:  # a worker whose command was killed must not go on alone
+        if not left or _is_orphan(parent):
             return len(failed)
         was_busy = False
         for unit in left:
@@ -89,9 +94,13 @@ def work(plan: Plan, stage: str) -> int:
             time.sleep(WAIT_SECONDS)
 
 
-def _finish(unit: Unit, plan: Plan, parent: int) -> bool:
+def _is_orphan(parent: int | None) -> bool:
+    return parent is not None and os.getppid() != parent
+
+
+def _finish(unit: Unit, plan: Plan, parent: int | None) -> bool:
     """Makes all runs of a unit; returns whether none failed."""
-    while os.getppid() == parent and (job := unit.next_job(load(plan.records_path))) is not None:
+    while not _is_orphan(parent) and (job := unit.next_job(load(plan.records_path))) is not None:
         try:
             record = run(job, plan.data_root)
         except Exception:
@@ -108,8 +117,8 @@ def _named(job: Job) -> str:
     return f"{job.stage} {job.task}, {job.contender}, {job.schedule}, {detail}"
 
 
-def _work_in_process(plan: Plan, stage: str) -> None:
-    sys.exit(1 if work(plan, stage) else 0)
+def _work_in_process(plan: Plan, stage: str, parent: int) -> None:
+    sys.exit(1 if work(plan, stage, parent) else 0)
 
 
 def work_on(plan: Plan, stage: str) -> None:
@@ -126,7 +135,8 @@ def work_on(plan: Plan, stage: str) -> None:
     if fcntl is None:
         raise ValueError(f"workers must be 1 on this system, which has no file locks, got {plan.workers}")
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    processes = [context.Process(target=_work_in_process, args=(plan, stage), daemon=True) for _ in range(plan.workers)]
+    arguments = (plan, stage, os.getpid())
+    processes = [context.Process(target=_work_in_process, args=arguments, daemon=True) for _ in range(plan.workers)]
     for process in processes:
         process.start()
     for process in processes:
