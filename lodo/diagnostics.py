@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from lodo import meta
-from lodo.preconditioners import BlockPermutation, Preconditioner
+from lodo.composite import Composite
+from lodo.preconditioners import BlockPermutation, Operator, Preconditioner
 from lodo.preconditioners.singular_values import extremes
 from lodo.scalars import norm
 from lodo.state import GroupState
 
 
 def hessian_error(
-    preconditioner: Preconditioner,
+    preconditioner: Operator,
     hvp: Callable[[Tensor], Tensor],
     *,
     lr: float = 1.0,
@@ -52,7 +53,7 @@ def hessian_error(
 
 
 def spectrum(
-    preconditioner: Preconditioner, *, probes: int = 4, iterations: int = 16, seed: int = 0
+    preconditioner: Operator, *, probes: int = 4, iterations: int = 16, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """An estimate of the distribution of the eigenvalues of the operator (the optimizer's G is lr times it).
 
@@ -90,7 +91,7 @@ def spectrum(
     return eigenvalues[order], weights[order]
 
 
-def _lanczos(operator: Preconditioner, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def _lanczos(operator: Operator, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """The eigenvalues of the tridiagonal matrix that Lanczos' method makes, and the squares of the first components of
     its eigenvectors (Golub and Welsch): nodes and weights of the Gauss quadrature for `start`."""
     basis = start.new_empty(min(iterations, operator.size), operator.size)
@@ -119,7 +120,7 @@ def _lanczos(operator: Preconditioner, start: Tensor, iterations: int) -> tuple[
 
 def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: int) -> dict[str, float]:
     """The figures of `LODO.diagnostics` for one param group."""
-    network, flat, params = live.preconditioner, live.flat, group["params"]
+    network, operator, flat, params = live.preconditioner, live.operator, live.flat, group["params"]
     if flat.size == 0:
         return {}  # of a sharded group: this rank has nothing of it
     moves = [p.grad is not None for p in params]
@@ -133,10 +134,10 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     if group["maximize"]:
         g.neg_()
     with _timed("seconds_apply", seconds, flat.device):
-        step = network.apply(m).mul_(last_lr)
+        step = operator.apply(m).mul_(last_lr)
     for vector in (step, x):
         flat.mask_(flat.views(vector), moves)
-    eigenvalues, weights = spectrum(network, probes=probes, iterations=iterations)
+    eigenvalues, weights = spectrum(operator, probes=probes, iterations=iterations)
     result = {
         "steps": float(live.steps.get()),
         "skipped_steps": float(live.skipped.get()),
@@ -151,8 +152,14 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     }
     if isinstance(network, BlockPermutation):
         result["singular_value_min"], result["singular_value_max"] = extremes(network.theta)
-    if group["meta_lr"] > 0:
-        h = _hypergradient(network, g, m, last_lr, seconds)
+    if live.scale is not None:
+        scales = live.scale.table[0].exp()
+        result["scale_min"], result["scale_max"] = float(scales.min()), float(scales.max())
+    if group["meta_lr"] > 0 and network.theta.numel() > 0:
+        e = live.extras.get("trace", m)
+        if isinstance(operator, Composite):
+            g, e = operator.whiten(g), operator.whiten(e)
+        h = _hypergradient(network, g, e, last_lr, seconds)
         result["hypergradient_norm"] = float(norm(h.flatten()))
     return {**result, **seconds}
 

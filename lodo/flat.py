@@ -58,6 +58,8 @@ class FlatParameters:
         self.place: Place = (self.device, ranks)
         self.dtype = computed_dtype(params)
         self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        self.shapes = [tensor.shape for tensor in tensors]
+        self.lengths = [tensor.numel() for tensor in tensors]
 
     def tensors(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """The parameters, or the parts of them that are on this rank."""

@@ -10,8 +10,8 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lodo import diagnostics, state
 from lodo.flat import Place, check_parameters
 from lodo.notices import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
-from lodo.options import CHANGEABLE, check_options
-from lodo.preconditioners import Preconditioner
+from lodo.options import ADDED, CHANGEABLE, FLOATS, check_options
+from lodo.preconditioners import Operator, Preconditioner
 from lodo.rounding import kept_dtype, name_of
 from lodo.saved import amended, check_layout, check_saved, has_lost_networks, unwrap, wrap
 from lodo.scalars import Number, choose, energy, is_tensor
@@ -35,8 +35,8 @@ class LODO(Optimizer):
         meta_lr: learning rate of the inner optimizer (alpha); 0 freezes G.
         beta: decay of the momentum, an exponential moving average, in [0, 1).
         weight_decay: decoupled, x <- (1 - lr * weight_decay) x, outside the hypergradient.
-        preconditioner: "block_permutation", "residual", "diagonal", "scalar", or a learned preconditioner, of which the
-            group starts with a copy.
+        preconditioner: "block_permutation", "residual", "diagonal", "scalar", "identity" (no network), or a learned
+            preconditioner, of which the group starts with a copy.
         depth: number of layers; None is 16 for "block_permutation", 64 for "residual".
         block_size: k, side of the blocks ("block_permutation").
         expansion: n~ / n >= 1, before n~ is rounded up to a multiple of k ("block_permutation", "residual").
@@ -46,6 +46,13 @@ class LODO(Optimizer):
         meta_state_dtype: of the inner Adam's moments: None for the network's own, or "bfloat16" (torch.bfloat16
             is taken too), with stochastic rounding: half the memory of the moments.
         momentum_dtype: the same for the momentum.
+        trace: decay, in [0, 1), of the momenta that the hypergradient judges: their trace e <- trace * e + m, in place
+            of the last one alone. 0 is the paper.
+        base: None, or what G is before anything is learned: "adam" for Adam's D = 1 / (sqrt(v) + 1e-8), "soap" for the
+            same in the eigenbasis of each matrix's gradients; lr is then Adam's. The momentum is corrected for its
+            start at zero, as Adam's is. See `lodo.bases`. "soap" makes the host wait on CUDA.
+        scale_lr: learning rate of a logarithmic scale per tensor, as part of G; 0: there is none. See `lodo.scale`.
+        scale_trace: decay, in [0, 1), of the steps that the scales' hypergradient judges.
         max_step_norm: the longest step, relative to the parameters: a step longer than max_step_norm * |x| over its
             param group (or than if x had a root mean square of 1e-3) is shortened to that. To the hypergradient it is a
             step of a smaller lr. Weight decay comes on top.
@@ -79,6 +86,10 @@ class LODO(Optimizer):
         expansion: float = 2,
         permutation: str = "random",
         meta_optimizer: str = "adam",
+        trace: float = 0.0,
+        base: str | None = None,
+        scale_lr: float = 0.0,
+        scale_trace: float = 0.998,
         meta_every: int = 1,
         meta_state_dtype: str | torch.dtype | None = None,
         momentum_dtype: str | torch.dtype | None = None,
@@ -99,6 +110,10 @@ class LODO(Optimizer):
             "expansion": expansion,
             "permutation": permutation,
             "meta_optimizer": meta_optimizer,
+            "trace": trace,
+            "base": base,
+            "scale_lr": scale_lr,
+            "scale_trace": scale_trace,
             "meta_every": meta_every,
             "meta_state_dtype": name_of(meta_state_dtype),
             "momentum_dtype": name_of(momentum_dtype),
@@ -135,7 +150,7 @@ class LODO(Optimizer):
                 param_group = {**param_group, **learned.options}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "meta_lr", "beta", "weight_decay", "expansion", "max_step_norm", "max_condition"):
+        for name in FLOATS:
             if not isinstance(group[name], Tensor | int | None):
                 group[name] = float(group[name])  # NumPy's numbers would not pass torch.load(weights_only=True)
         try:
@@ -147,14 +162,13 @@ class LODO(Optimizer):
             raise
 
     @property
-    def preconditioners(self) -> list[Preconditioner | None]:
-        """The learned preconditioner of each param group, None before the group's first step.
+    def preconditioners(self) -> list[Operator | None]:
+        """The learned preconditioner of each param group, None before the group's first step: a
+        `lodo.composite.Composite` where there is a base or a scale beside the network.
 
         They are the optimizer's own and go on learning; `copy.deepcopy` one to keep it as it is.
         """
-        return [
-            self._group_state(group).preconditioner if self._has_state(group) else None for group in self.param_groups
-        ]
+        return [self._group_state(group).operator if self._has_state(group) else None for group in self.param_groups]
 
     @property
     def skipped_steps(self) -> int:
@@ -186,6 +200,7 @@ class LODO(Optimizer):
         - "eigenvalue_min", "eigenvalue_max", "trace" of G: estimated from `probes` times `iterations` products with G,
           see `lodo.spectrum`. The two lie inside the spectrum.
         - "singular_value_min", "singular_value_max" of all blocks ("block_permutation" only).
+        - "scale_min", "scale_max" over the tensors, if they have scales.
         - "seconds_gather", "seconds_learn", "seconds_apply": the parts of a step, as measured during this call.
 
         On several ranks the figures of sharded groups are of this rank's shard.
@@ -301,17 +316,23 @@ class LODO(Optimizer):
             warn(SKIPPED)
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
-        lr, momentum = live.lr.get(), live.momentum.to(live.flat.dtype)
+        momentum = live.momentum.to(live.flat.dtype)
         live.steps.set(live.steps.get() + active)
+        steps = live.steps.get()
         learning = active
         if group["meta_every"] > 1:
-            learning = active & (live.steps.get() % group["meta_every"] == 0)
+            learning = active & (steps % group["meta_every"] == 0)
         if group["meta_lr"] > 0:
             live.meta_step.set(live.meta_step.get() + learning)
+        lr = live.lr.get()
+        if group["base"] is not None:
+            lr = lr / (1 - group["beta"] ** (steps + (steps < 1)))  # corrects the momentum for its start at zero
+        if live.scale is not None:
+            live.scale.learn_(live.gradient, group["scale_lr"], steps, active)
         step = lodo_step(
             live.gradient,
             momentum,
-            live.preconditioner,
+            live.operator,
             live.moments if _uses_moments(group) else None,
             live.meta_step.get(),
             live.last_lr.get(),
@@ -322,30 +343,40 @@ class LODO(Optimizer):
             meta_lr=group["meta_lr"],
             meta_optimizer=group["meta_optimizer"],
             max_condition=group["max_condition"],
+            e=live.extras.get("trace"),
+            trace=group["trace"],
+            steps=steps,
         )
         live.keep_momentum(momentum)
+        self._move(group, live, step, lr, active)
+        live.has_stepped = True
+
+    def _move(self, group: dict[str, Any], live: state.GroupState, step: Tensor, lr: Number, active: Number) -> None:
+        """Subtracts a step from the parameters that have a gradient, bounded, and with weight decay."""
         params = live.flat.tensors(group["params"])
         parts = live.flat.views(step)
         moves = [p.grad is not None for p in group["params"]]
         made_lr, is_finite = lr, True
+        if group["max_step_norm"] is not None or live.scale is not None:
+            live.flat.mask_(parts, moves)
         if group["max_step_norm"] is not None or group["weight_decay"] != 0:
             # Into the memory of the gradient, which has done its work.
             live.flat.gather(params, live.gradient_parts)
         if group["max_step_norm"] is not None:
-            for views in (parts, live.gradient_parts):
-                live.flat.mask_(views, moves)
+            live.flat.mask_(live.gradient_parts, moves)
             factor, is_finite = shorten_(step, live.gradient, group["max_step_norm"])
             made_lr = lr * factor
             live.skipped.set(live.skipped.get() + (is_finite == 0))
         live.last_lr.set(choose(active, made_lr, live.last_lr.get()))
+        if live.scale is not None:
+            live.scale.record_(step, group["scale_trace"], active)
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
-            step.add_(live.gradient.mul_(lr * group["weight_decay"] * active * is_finite))
+            step.add_(live.gradient.mul_(live.lr.get() * group["weight_decay"] * active * is_finite))
         torch._foreach_sub_(
             [tensor for tensor, is_moved in zip(params, moves, strict=True) if is_moved],
             [part for part, is_moved in zip(parts, moves, strict=True) if is_moved],
         )
-        live.has_stepped = True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> StateDict:
@@ -354,8 +385,8 @@ class LODO(Optimizer):
             warn(NOT_WORTH_KEEPING)
         else:
             for group in self.param_groups:
-                if _uses_moments(group) and state.lacks_moments(group, self.state):
-                    self._group_state(group)  # starts them, so that a state that lacks them is known to have lost them
+                if state.lacks(_needed(group), group, self.state):
+                    self._group_state(group)  # starts it, so that a state that lacks it is known to have lost it
         return super().state_dict()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -391,8 +422,8 @@ class LODO(Optimizer):
         self._is_broken_off = saved.get("_is_broken_off", False)
         self._live, self._checked = {}, {}  # rebuilt from `self.state` when it is next needed
         self._has_warned = False
-        for name in ("max_step_norm", "max_condition"):  # pickled before there were any
-            self.defaults.setdefault(name, None)
+        for name, value in ADDED.items():
+            self.defaults.setdefault(name, value)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, put among the defaults when they are restored
@@ -406,19 +437,20 @@ class LODO(Optimizer):
         live = self._live.get(group["params"][0])
         if live is None or not live.has_stepped or not live.is_bound_to(self.state, group):
             return False
-        return _has_its_moments(group, live)
+        return _has_all(group, live)
 
     def _group_state(self, group: dict[str, Any]) -> state.GroupState:
         """The live state of a group: kept from the last step, or made from `self.state`, or started."""
         live = self._live.get(group["params"][0])
         if live is not None and live.is_bound_to(self.state, group):
-            return live if _has_its_moments(group, live) else self._keep(group, live)
+            return live if _has_all(group, live) else self._keep(group, live)
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
         self._live.pop(group["params"][0], None)  # what stands in `self.state` counts, should this break off half-way
-        if not _has_its_moments(group, live):
+        if _uses_moments(group) and not live.has_moments(group):
             live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
+        live.start_extras(group)
         live.publish(self.state, group)
         self._live[group["params"][0]] = live
         return live
@@ -445,8 +477,15 @@ def _uses_moments(group: dict[str, Any]) -> bool:
     return bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
 
 
-def _has_its_moments(group: dict[str, Any], live: state.GroupState) -> bool:
-    return not _uses_moments(group) or live.has_moments(group)
+def _needed(group: dict[str, Any]) -> tuple[str, ...]:
+    """The names of what the group's options ask for beyond what every group has."""
+    moments = state.MOMENT_KEYS if _uses_moments(group) else ()
+    return (*moments, *state.extras_of(group))
+
+
+def _has_all(group: dict[str, Any], live: state.GroupState) -> bool:
+    """Whether there is all that the group's options ask for."""
+    return (not _uses_moments(group) or live.has_moments(group)) and not live.missing_extras(group)
 
 
 def _has_gradients(params: Iterable[Tensor]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lodo import meta
+from lodo.bases import BASES
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, name_of
 
@@ -16,6 +17,9 @@ CHANGEABLE = (
     "beta",
     "weight_decay",
     "meta_optimizer",
+    "trace",
+    "scale_lr",
+    "scale_trace",
     "meta_every",
     "meta_state_dtype",
     "momentum_dtype",
@@ -25,6 +29,31 @@ CHANGEABLE = (
     "capturable",
 )
 """What may be written into a param group between steps, but for lr, which schedulers change all the time."""
+
+
+FLOATS = (
+    "lr",
+    "meta_lr",
+    "beta",
+    "weight_decay",
+    "expansion",
+    "trace",
+    "scale_lr",
+    "scale_trace",
+    "max_step_norm",
+    "max_condition",
+)
+"""Options that are numbers, or None."""
+
+ADDED: dict[str, Any] = {
+    "max_step_norm": None,
+    "max_condition": None,
+    "trace": 0.0,
+    "base": None,
+    "scale_lr": 0.0,
+    "scale_trace": 0.998,
+}
+"""What optimizers that were pickled before there were these options have done."""
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -45,6 +74,14 @@ def check_options(options: dict[str, Any]) -> None:
     _check_number("beta", options["beta"], 0, 1)
     _check_number("weight_decay", options["weight_decay"], 0, math.inf)
     _check_number("expansion", options["expansion"], 1, math.inf)
+    for name in ("trace", "scale_trace"):
+        _check_number(name, options[name], 0, 1)
+    _check_number("scale_lr", options["scale_lr"], 0, math.inf)
+    _check_choice("base", options["base"], (None, *BASES))
+    if options["base"] == "soap" and options["capturable"]:
+        raise ValueError(
+            "base must be None or 'adam' with capturable=True, for 'soap' waits for the device; got 'soap'"
+        )
     if options["max_step_norm"] is not None:
         _check_number("max_step_norm", options["max_step_norm"], 0, math.inf, " or None")
     if options["max_condition"] is not None:

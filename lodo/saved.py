@@ -20,19 +20,31 @@ from lodo.preconditioners import BY_NAME
 from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1
 from lodo.state import (
     COUNT_KEYS,
+    EXTRA_KEYS,
     FORMAT,
     MOMENT_KEYS,
     SHARDED_FORMAT,
     State,
     entry_of,
     entry_with_network,
+    extras_of,
     local_size,
     shapes,
 )
 
 READABLE = (1, 2, 3)
 GROUP_KEYS = ("format", "theta", "meta_step", "last_lr", "skipped")
-ENTRY_KEYS = ("momentum", "format", "shards", "fsdp1_rank", "theta", "permutations", *MOMENT_KEYS, *COUNT_KEYS)
+ENTRY_KEYS = (
+    "momentum",
+    "format",
+    "shards",
+    "fsdp1_rank",
+    "theta",
+    "permutations",
+    *MOMENT_KEYS,
+    *COUNT_KEYS,
+    *EXTRA_KEYS,
+)
 COMPUTED = (torch.float32, torch.float64)
 """Dtypes of networks and of the numbers that steer a step."""
 KEPT = (*COMPUTED, torch.bfloat16)
@@ -139,12 +151,12 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             is of another format, preconditioner or shape, or holds what only a diverged training leaves, or none.
     """
     for index, (saved_group, group) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        kind = saved_group.get("preconditioner", group["preconditioner"])
-        if kind != group["preconditioner"]:
-            raise ValueError(
-                f"param group {index}: the saved state is of preconditioner {kind!r}, this optimizer's is "
-                f"{group['preconditioner']!r}"
-            )
+        for name, former in (("preconditioner", group["preconditioner"]), ("base", None)):
+            kind = saved_group.get(name, former)  # there were no bases once
+            if kind != group[name]:
+                raise ValueError(
+                    f"param group {index}: the saved state is of {name} {kind!r}, this optimizer's is {group[name]!r}"
+                )
         entries = [saved["state"].get(key, {}) for key in saved_group["params"]]
         if any(entries):
             _check_group(f"param group {index}", entries, group)
@@ -228,6 +240,10 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
     if any(name in first for name in MOMENT_KEYS):
         for name in MOMENT_KEYS:
             check_tensor(f"{where}: {name}", first.get(name), shape, KEPT)
+    expected = shapes(size, group)
+    for name in EXTRA_KEYS:
+        if name in first:
+            check_tensor(f"{where}: {name}", first[name], expected.get(name, ()), COMPUTED)
     for name in ("meta_step", "last_lr"):
         check_tensor(f"{where}: {name}", first[name], (), COMPUTED)
     check_tensor(f"{where}: skipped", first["skipped"], (), (torch.int64,))
@@ -273,12 +289,16 @@ def _check_values(where: str, entries: list[dict[str, Any]], group: dict[str, An
         return
     kept = first if sharding is None else sharding.opened(first, shapes(local_size(params), group))
     # Those that must be there have been looked for; a group that never learned has no moments.
-    for name, low in (("theta", -math.inf), (MOMENT_KEYS[0], -math.inf), (MOMENT_KEYS[1], 0), ("last_lr", -math.inf)):
+    for name in ("theta", *MOMENT_KEYS, "last_lr", *EXTRA_KEYS):
         if name in kept:
-            check_numbers(f"{where}: {name}", kept[name], low)
+            check_numbers(f"{where}: {name}", kept[name], 0 if name.endswith("_sq") else -math.inf)
     for name in ("meta_step", "skipped", "steps"):
         if name in kept:
             check_numbers(f"{where}: {name}", kept[name], 0, whole=True)
+    if missing := [name for name in extras_of(group) if name not in kept]:
+        raise ValueError(
+            f"{where}: {', '.join(missing)} missing in the saved state, which its base, trace or scale_lr ask for"
+        )
     is_adam = group["meta_optimizer"] == "adam" and group["meta_lr"] > 0
     if is_adam and MOMENT_KEYS[0] not in kept and int(kept["meta_step"]) > 0:
         raise ValueError(

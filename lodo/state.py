@@ -3,9 +3,10 @@
 Per parameter: "momentum", shaped like it. On the first parameter of a group that requires gradients (what there is for
 others is lost when torch.distributed.checkpoint loads it), for the whole group: "theta" and, where it has indices,
 "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and "meta_step" of the inner Adam;
-"last_lr" (as `max_step_norm` left it); "steps" taken and "skipped" (left out for bad gradients); "format" of this
-layout. Network and momentum are float32, or float64 for groups with float64 parameters; the moments of the inner Adam
-and the momentum may be bfloat16 instead.
+"last_lr" (as `max_step_norm` left it); "trace" (n,) of the momentum; "base_exp_avg_sq" (n,) and "base_factors" of the
+base preconditioner; "scale" (3, number of tensors) and "moves" (n,) of the scales per tensor; "steps" taken and
+"skipped" (left out for bad gradients); "format" of this layout. Network and momentum are float32, or float64 for groups
+with float64 parameters; the moments of the inner Adam and the momentum may be bfloat16 instead.
 
 On several ranks: the momentum of a parameter that is a DTensor is a DTensor like it, and is resharded with it by
 torch.distributed.checkpoint. If the parameters are sharded, each shard has its own network, and all that is kept for
@@ -22,16 +23,21 @@ import torch
 from torch import Tensor
 
 from lodo import kernels, meta
+from lodo.bases import BASES
+from lodo.composite import Composite
 from lodo.flat import FlatParameters
-from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import kept_dtype
 from lodo.scalars import Cell
+from lodo.scale import ROWS, Scale
 from lodo.sharding import Sharding, local, rank_of_fsdp1, shown_as
 
 FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
 SHARDED_FORMAT = 3
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
+SCALE_KEYS = ("scale", "moves")
+EXTRA_KEYS = ("trace", "base_exp_avg_sq", "base_factors", *SCALE_KEYS)
 OTHER_GROUPS = """the state of a param group is that of other groups, whose networks act on other parameters; \
 ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
 
@@ -47,6 +53,7 @@ class GroupState:
     moments: meta.Moments | None
     momentum: Tensor
     momentum_parts: list[Tensor]
+    extras: dict[str, Tensor]  # what there is of EXTRA_KEYS
     meta_step: Cell
     last_lr: Cell
     skipped: Cell
@@ -54,6 +61,8 @@ class GroupState:
     # Kept between steps to save allocations.
     gradient: Tensor = field(init=False)
     gradient_parts: list[Tensor] = field(init=False)
+    operator: Operator = field(init=False)  # G / lr: the preconditioner, with base and scale if there are any
+    scale: Scale | None = field(init=False, default=None)
     lr: Cell = field(init=False)
     has_stepped: bool = field(init=False, default=False)  # so that all that kernels prepare is there
     # What stands in `optimizer.state`: the tensors for the whole group, and each parameter's momentum.
@@ -91,6 +100,34 @@ class GroupState:
             self.moments = meta.start_moments(self.preconditioner.theta, dtype)
         else:
             self.moments = (self.moments[0].to(dtype), self.moments[1].to(dtype))
+
+    def missing_extras(self, group: dict[str, Any]) -> list[str]:
+        """Which of EXTRA_KEYS the group's options ask for and are not there."""
+        return [name for name in extras_of(group) if name not in self.extras]
+
+    def start_extras(self, group: dict[str, Any]) -> None:
+        """Makes what is missing of EXTRA_KEYS as it is before the first step."""
+        missing = self.missing_extras(group)
+        if not missing:
+            return
+        wanted, wide = shapes(self.flat.size, group), self.last_lr.tensor.dtype
+        for name in missing:
+            dtype = wide if name == "scale" else self.flat.dtype
+            self.extras[name] = torch.zeros(wanted[name], dtype=dtype, device=self.flat.device)
+        if "trace" in missing:
+            self.extras["trace"].copy_(self.momentum)
+        if "base_exp_avg_sq" in missing:
+            BASES[group["base"]](self.flat.shapes, self.extras).start_()
+
+    def _put_together(self, group: dict[str, Any]) -> None:
+        """Makes `operator` and `scale` of the present tensors."""
+        table = self.extras.get("scale")
+        self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths)
+        self.operator = self.preconditioner
+        if group["base"] is not None or self.scale is not None:
+            kind = None if group["base"] is None else BASES[group["base"]]
+            base = None if kind is None else kind(self.flat.shapes, self.extras)
+            self.operator = Composite(self.preconditioner, base, self.scale, self.steps.get())
 
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""
@@ -131,7 +168,7 @@ class GroupState:
             tensors["permutations"] = self.preconditioner.permutations_stored
         if self.moments is not None:
             tensors.update(zip(MOMENT_KEYS, self.moments, strict=True))
-        return tensors
+        return {**tensors, **self.extras}
 
     def publish(self, state: State, group: dict[str, Any]) -> None:
         """Puts the tensors into `optimizer.state`, those of shards as DTensors."""
@@ -158,6 +195,7 @@ class GroupState:
         own = [*self.shared().values(), *self.momentum_parts]
         pairs = zip([*self.kept.values(), *self.kept_momentum], own, strict=True)
         self._shown = [(kept, tensor) for kept, tensor in pairs if kept is not tensor]
+        self._put_together(group)
 
     def _work_on(self, tensors: dict[str, Tensor]) -> None:
         """Makes these, by the names that `shared` gives, the tensors of the group."""
@@ -166,6 +204,7 @@ class GroupState:
         if self.moments is not None:
             self.moments = (tensors[MOMENT_KEYS[0]], tensors[MOMENT_KEYS[1]])
         self.meta_step, self.last_lr, self.skipped, self.steps = (Cell(tensors[name]) for name in COUNT_KEYS)
+        self.extras = {name: tensors[name] for name in self.extras}
 
 
 def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -173,7 +212,27 @@ def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     kind = BY_NAME[group["preconditioner"]]
     theta, permutations = kind.theta_shape(size, group), kind.permutations_shape(size, group)
     indices = {} if permutations is None else {"permutations": permutations}
-    return {"theta": theta, **dict.fromkeys(MOMENT_KEYS, theta), **dict.fromkeys(COUNT_KEYS, ()), **indices}
+    extras = {
+        "trace": (size,),
+        "scale": (ROWS, len(group["params"])),
+        "moves": (size,),
+        **base_shapes(size, group),
+    }
+    return {"theta": theta, **dict.fromkeys(MOMENT_KEYS, theta), **dict.fromkeys(COUNT_KEYS, ()), **indices, **extras}
+
+
+def base_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what the base preconditioner keeps."""
+    if group["base"] is None:
+        return {}
+    return BASES[group["base"]].tensor_shapes(size, [local(p).shape for p in group["params"]])
+
+
+def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
+    """Which of EXTRA_KEYS the options of a group ask for."""
+    trace = ("trace",) if group["trace"] > 0 else ()
+    base = () if group["base"] is None else BASES[group["base"]].names
+    return (*trace, *base, *(SCALE_KEYS if group["scale_lr"] > 0 else ()))
 
 
 def _carrier(params: list[Tensor]) -> Tensor:
@@ -200,9 +259,9 @@ def is_bare(group: dict[str, Any], state: State) -> bool:
     return "theta" not in entry_of(group, state)
 
 
-def lacks_moments(group: dict[str, Any], state: State) -> bool:
-    """Whether there is state for a group, but no moments of an inner Adam."""
-    return entry_with_network(group, state) is not None and MOMENT_KEYS[0] not in entry_of(group, state)
+def lacks(names: tuple[str, ...], group: dict[str, Any], state: State) -> bool:
+    """Whether there is state for a group, but not all of these."""
+    return entry_with_network(group, state) is not None and not entry_of(group, state).keys() >= set(names)
 
 
 def local_size(params: list[Tensor]) -> int:
@@ -234,7 +293,7 @@ def start(group: dict[str, Any], learned: Preconditioner | None = None) -> Group
     momentum = flat.new_vector(kept_dtype(group["momentum_dtype"], flat.dtype))
     wide = torch.float32 if flat.device.type == "mps" else torch.float64
     cells = [Cell(momentum.new_zeros((), dtype=dtype)) for dtype in (wide, wide, torch.int64, torch.int64)]
-    return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), *cells)
+    return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), {}, *cells)
 
 
 def bind(group: dict[str, Any], state: State) -> GroupState:
@@ -267,7 +326,10 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
     if "steps" not in entry:  # format 1
         entry["steps"] = torch.zeros_like(entry["skipped"])
     cells = [Cell(here(name)) for name in COUNT_KEYS]
-    return GroupState(flat, preconditioner, moments, momentum, parts, *cells)
+    extras = {name: here(name) for name in EXTRA_KEYS if name in entry}
+    for name in extras.keys() - {"scale"}:
+        extras[name] = extras[name].to(flat.dtype)
+    return GroupState(flat, preconditioner, moments, momentum, parts, extras, *cells)
 
 
 def has_state(group: dict[str, Any], state: State) -> bool:

@@ -11,6 +11,11 @@ step is enough.
     4  x <- x - G(theta) m
 
 G is symmetric, so <g, G m> = lr <U g, U m>, and h is one explicit backward pass through U, no autograd.
+
+Three parts go beyond the paper and can be left out. A trace: line 1 takes e in place of m, where e <- trace * e + m in
+line 3, so that the gradient also judges the steps before the last one. A base preconditioner and a scale per tensor:
+then G = lr * T^T U^T U T (see `lodo.composite`), line 1 goes through U in the coordinates T x, and line 4 first takes g
+into the base.
 """
 
 import math
@@ -19,14 +24,14 @@ import torch
 from torch import Tensor
 
 from lodo import meta
-from lodo.preconditioners import Preconditioner
+from lodo.preconditioners import Operator
 from lodo.scalars import Number, choose, is_tensor, norm
 
 
 def lodo_step(
     g: Tensor,
     m: Tensor,
-    preconditioner: Preconditioner,
+    preconditioner: Operator,
     moments: meta.Moments | None,
     count: Number,
     last_lr: Number,
@@ -38,6 +43,9 @@ def lodo_step(
     meta_lr: float,
     meta_optimizer: str,
     max_condition: float | None = None,
+    e: Tensor | None = None,
+    trace: float = 0.0,
+    steps: Number = 0,
 ) -> Tensor:
     """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
 
@@ -56,16 +64,22 @@ def lodo_step(
         learning: whether theta is to be learned in it (lines 1 and 2), which implies `active`.
         beta, meta_lr, meta_optimizer: as for `lodo.LODO`; meta_lr 0 leaves theta and its inner optimizer alone.
         max_condition: as for `lodo.LODO`. On an accelerator this one makes the host wait.
+        e: trace of the momentum, shape (n,), advanced in place; None for the paper's method, whose trace is 0.
+        trace: its decay.
+        steps: taken, this one included; what the base preconditioner counts by.
     """
     if is_tensor(active):
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
         active, learning = active.to(m.dtype), learning.to(m.dtype)
     if meta_lr > 0 and (is_tensor(learning) or learning):
         rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype)
-        preconditioner.learn_(g, m, last_lr, moments, rates)
+        preconditioner.learn_(g, m if e is None else e, last_lr, moments, rates)
         if max_condition is not None and learning:
             preconditioner.bound_condition_(max_condition)
     m.lerp_(g, active * (1 - beta))
+    if e is not None:
+        e.mul_(1 - active * (1 - trace)).add_(m * active if is_tensor(active) else m)
+    preconditioner.observe_(g, active, steps)
     step = preconditioner.apply(m).mul_(lr)
     return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
 

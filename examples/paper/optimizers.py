@@ -13,6 +13,7 @@ import lodo
 from examples.paper.baselines.levenberg_marquardt import LevenbergMarquardt
 from examples.paper.baselines.quasi_newton import BFGS, OnlineLBFGS
 from examples.paper.tasks import Task
+from lodo.preconditioners import Preconditioner
 
 Build = Callable[..., Optimizer]
 
@@ -87,7 +88,7 @@ def _transplanted(task: Task, pretrain_steps: int, seed: int, **options: Any) ->
     if pretrain_steps == 0:
         return lodo.LODO(task.params, seed=seed, **options | {"meta_lr": 0.0})
     learned = teacher.preconditioners[0]
-    assert learned is not None
+    assert isinstance(learned, Preconditioner)
     kept = {name: options[name] for name in ("lr", "beta") if name in options}
     return lodo.LODO(task.params, preconditioner=learned, meta_lr=0.0, **kept)
 

@@ -12,7 +12,57 @@ from lodo import meta
 from lodo.scalars import Number
 
 
-class Preconditioner(ABC):
+class Operator(ABC):
+    """A symmetric operator on R^n, of which the optimizer's G is lr times. `theta` is what a network has learned."""
+
+    theta: Tensor
+    size: int
+
+    @abstractmethod
+    def apply(self, v: Tensor) -> Tensor:
+        """The operator times v, for v of shape (n,), of theta's dtype and on its device. Returns new memory."""
+
+    @abstractmethod
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
+        """One inner step of `theta` along h = -d/dtheta <g, G m>, with G = lr times this operator (Algorithm 1).
+
+        Args:
+            g, m: gradient and momentum, shape (n,), theta's dtype.
+            lr: of the step that led to where `g` was taken.
+            moments: of the inner Adam, None for the inner SGD; updated in place.
+            rates: of this inner step.
+        """
+
+    @abstractmethod
+    def bound_condition_(self, largest: float) -> None:
+        """Moves `theta` so that all eigenvalues of the network lie in [largest ** -0.5, largest ** 0.5], as they do at
+        the start: its condition number is at most `largest` then. What is inside keeps its bits.
+
+        Raises:
+            NotImplementedError: if this kind of preconditioner has no such bound.
+        """
+
+    def observe_(self, g: Tensor, active: Number, steps: Number) -> None:  # noqa: B027  (a network has nothing to do)
+        """Takes the gradient of step number `steps` into what is known beside the network."""
+
+    @torch.no_grad()
+    def matvec(self, v: Tensor) -> Tensor:
+        """The operator (the optimizer's G is lr times it) times `v` of shape (n,), in theta's dtype.
+
+        Raises:
+            ValueError: if `v` is not of shape (n,).
+        """
+        if v.shape != (self.size,):
+            raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
+        return self.apply(v.detach().to(self.theta).resolve_neg())
+
+    def to_dense(self) -> Tensor:
+        """The operator as an (n, n) matrix, one matvec per column: for small n."""
+        identity = torch.eye(self.size, dtype=self.theta.dtype, device=self.theta.device)
+        return torch.stack([self.matvec(column) for column in identity], dim=1)
+
+
+class Preconditioner(Operator):
     """A learned G / lr, (n, n): it starts, applies itself, learns from its hypergradient and shows itself dense.
 
     `theta` holds everything that is learned, in the layout that the kernels like; the public attributes of the
@@ -56,45 +106,8 @@ class Preconditioner(ABC):
     def options(self) -> dict[str, Any]:
         """The options of a param group that describe this preconditioner."""
 
-    @abstractmethod
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        """One inner step of `theta` along h = -d/dtheta <g, G m>, with G = lr times this operator (Algorithm 1).
-
-        Args:
-            g, m: gradient and momentum, shape (n,), theta's dtype.
-            lr: of the step that led to where `g` was taken.
-            moments: of the inner Adam, None for the inner SGD; updated in place.
-            rates: of this inner step.
-        """
-
     def bound_condition_(self, largest: float) -> None:
-        """Moves `theta` so that all eigenvalues of the operator lie in [largest ** -0.5, largest ** 0.5], as they do at
-        the start: its condition number is at most `largest` then. What is inside keeps its bits.
-
-        Raises:
-            NotImplementedError: if this kind of preconditioner has no such bound.
-        """
         raise NotImplementedError(f"{type(self).__name__} has no bound on its condition")
-
-    @abstractmethod
-    def apply(self, v: Tensor) -> Tensor:
-        """The operator times v, for v of shape (n,), of theta's dtype and on its device. Returns new memory."""
-
-    @torch.no_grad()
-    def matvec(self, v: Tensor) -> Tensor:
-        """The operator (the optimizer's G is lr times it) times `v` of shape (n,), in theta's dtype.
-
-        Raises:
-            ValueError: if `v` is not of shape (n,).
-        """
-        if v.shape != (self.size,):
-            raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
-        return self.apply(v.detach().to(self.theta).resolve_neg())
-
-    def to_dense(self) -> Tensor:
-        """The operator as an (n, n) matrix, one matvec per column: for small n."""
-        identity = torch.eye(self.size, dtype=self.theta.dtype, device=self.theta.device)
-        return torch.stack([self.matvec(column) for column in identity], dim=1)
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Self:
         """A copy with theta in `dtype`, on `device`."""

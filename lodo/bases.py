@@ -1,0 +1,168 @@
+"""Base preconditioners: what is known about the curvature before anything is learned, from statistics of gradients.
+
+A base is a factor T (n, n) of G = lr * T^T U^T U T, so that with an untrained U the step is that of a known optimizer:
+
+    "adam"   T = D^1/2        D = 1 / (sqrt(v) + eps), v Adam's second moment (Kingma and Ba, 2015)
+    "soap"   T = D^1/2 Q^T    the same in the eigenbasis Q of Shampoo's factors (Vyas et al., "SOAP", 2024)
+
+Q is orthogonal and acts on each tensor by itself: on a matrix X as Q_L X Q_R^T, where the columns of Q_L are the
+eigenvectors of an average of g g^T, those of Q_R of g^T g; on tensors with more dimensions as on (first, all others).
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lodo.scalars import Number
+
+DECAY = 0.999  # of v
+EPS = 1e-8
+BASIS_EVERY = 10  # steps between two updates of the eigenbases
+FACTOR_DECAY = 0.999  # of the averages of g g^T
+SKEWNESS = 2  # a side has an eigenbasis if its square has at most so many times the elements of the tensor
+LARGEST_SIDE = 2048
+LARGEST_VECTOR = 512  # that has a full eigenbasis, in groups without a matrix
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class AdamBase:
+    """T = D^1/2, diagonal. Takes the tensors that `tensor_shapes` names, and advances them in place."""
+
+    kind: ClassVar[str] = "adam"
+    names: ClassVar[tuple[str, ...]] = ("base_exp_avg_sq",)
+
+    def __init__(self, shapes: Sequence[torch.Size], tensors: dict[str, Tensor]) -> None:
+        self.exp_avg_sq = tensors["base_exp_avg_sq"]
+
+    @classmethod
+    def tensor_shapes(cls, size: int, shapes: Sequence[torch.Size]) -> Shapes:
+        """What is kept between steps, by `names`, for parameters of these shapes, `size` elements in all."""
+        return {"base_exp_avg_sq": (size,)}
+
+    def start_(self) -> None:
+        """Makes zeros what is to be before the first gradient."""
+
+    def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, shape (n,)."""
+        return v
+
+    def rotate_back(self, v: Tensor) -> Tensor:
+        """Q v, shape (n,)."""
+        return v
+
+    def learn_(self, g: Tensor, active: Number, steps: Number) -> None:
+        """Takes a gradient into the statistics: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
+
+        Args:
+            g: shape (n,).
+            active: whether to, 0 or 1.
+            steps: that were taken, this one included.
+        """
+        rotated = self.rotate(g)
+        self.exp_avg_sq.lerp_(rotated * rotated, active * (1 - DECAY))
+
+    def root(self, steps: Number) -> Tensor:
+        """The diagonal of D^1/2, shape (n,), with v corrected for its start at zero."""
+        bias = 1 - DECAY ** (steps + (steps < 1))
+        return torch.sqrt(self.exp_avg_sq / bias).add_(EPS).rsqrt_()
+
+
+class SoapBase(AdamBase):
+    """T = D^1/2 Q^T. Waits for the device, to know whether it is time to update Q."""
+
+    kind: ClassVar[str] = "soap"
+    names: ClassVar[tuple[str, ...]] = ("base_exp_avg_sq", "base_factors")
+
+    def __init__(self, shapes: Sequence[torch.Size], tensors: dict[str, Tensor]) -> None:
+        super().__init__(shapes, tensors)
+        self._factors: list[tuple[int, int, list[tuple[int, Tensor]]]] = []  # rows, columns, (side, [average, basis])
+        self._parts = [shape.numel() for shape in shapes]
+        packed, first = tensors["base_factors"], 0
+        for shape, own in zip(shapes, _sides(shapes), strict=True):
+            rows = shape[0] if shape else 1
+            factors = []
+            for side, length in own:
+                count = 2 * length * length
+                factors.append((side, packed[first : first + count].view(2, length, length)))
+                first += count
+            self._factors.append((rows, shape.numel() // max(rows, 1), factors))
+
+    @classmethod
+    def tensor_shapes(cls, size: int, shapes: Sequence[torch.Size]) -> Shapes:
+        count = sum(2 * length * length for own in _sides(shapes) for _, length in own)
+        return {"base_exp_avg_sq": (size,), "base_factors": (count,)}
+
+    def start_(self) -> None:
+        for _, _, factors in self._factors:
+            for _, (_, basis) in factors:
+                basis.fill_diagonal_(1)
+
+    def rotate(self, v: Tensor) -> Tensor:
+        return self._turned(v, is_back=False)
+
+    def rotate_back(self, v: Tensor) -> Tensor:
+        return self._turned(v, is_back=True)
+
+    def _turned(self, v: Tensor, is_back: bool) -> Tensor:
+        turned = torch.empty_like(v)
+        parts = zip(v.split(self._parts), turned.split(self._parts), self._factors, strict=True)
+        for part, out, (rows, columns, factors) in parts:
+            matrix = part.view(rows, columns)
+            for side, (_, basis) in factors:
+                if side == 0:
+                    matrix = (basis if is_back else basis.T) @ matrix
+                else:
+                    matrix = matrix @ (basis.T if is_back else basis)
+            out.view(rows, columns).copy_(matrix)
+        return turned
+
+    def learn_(self, g: Tensor, active: Number, steps: Number) -> None:
+        is_first = bool(steps == 1)
+        is_due = bool(active) and (is_first or bool(steps % BASIS_EVERY == 0))
+        for part, (rows, columns, factors) in zip(g.split(self._parts), self._factors, strict=True):
+            matrix = part.view(rows, columns)
+            for side, (average, basis) in factors:
+                product = matrix @ matrix.T if side == 0 else matrix.T @ matrix
+                average.lerp_(product, active * (1 - FACTOR_DECAY))
+                if is_due:
+                    basis.copy_(_eigenbasis(average) if is_first else _improved(average, basis))
+        super().learn_(g, active, steps)
+
+
+def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:
+    """The sides of each tensor that have an eigenbasis, as (0 for rows or 1 for columns, length).
+
+    Bounded by the tensor's own size, so that what is kept is at most 2 * 2 * SKEWNESS numbers for an element. A group
+    of nothing but vectors is small, or has no structure to use, and gets full bases.
+    """
+    has_matrix = any(len(shape) > 1 for shape in shapes)
+    found: list[list[tuple[int, int]]] = []
+    for shape in shapes:
+        size, own = shape.numel(), []
+        if len(shape) > 1 and size > 0:
+            lengths = (shape[0], size // shape[0])
+            own = [(side, d) for side, d in enumerate(lengths) if 1 < d <= LARGEST_SIDE and d * d <= SKEWNESS * size]
+        elif len(shape) == 1 and not has_matrix and 1 < size <= LARGEST_VECTOR:
+            own = [(0, size)]
+        found.append(own)
+    return found
+
+
+def _eigenbasis(average: Tensor) -> Tensor:
+    """Eigenvectors in the columns, the largest eigenvalue first."""
+    scale = average.diagonal().mean()
+    scaled = average / torch.where(scale > 0, scale, 1)  # squares of tiny gradients are too small to decompose
+    return torch.linalg.eigh(scaled)[1].flip(1)
+
+
+def _improved(average: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration. The signs stay, so that coordinates mean the same before and after."""
+    scale = average.diagonal().mean()
+    q, r = torch.linalg.qr(average @ basis / torch.where(scale > 0, scale, 1))
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
+
+BASES = {base.kind: base for base in (AdamBase, SoapBase)}
