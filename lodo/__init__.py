@@ -2,7 +2,17 @@
 
 from lodo.diagnostics import hessian_error, spectrum
 from lodo.optimizer import LODO
-from lodo.preconditioners import BlockPermutation, Diagonal, Residual, Scalar
+from lodo.preconditioners import BlockPermutation, Diagonal, Identity, LogDiagonal, Residual, Scalar
 
-__all__ = ["LODO", "BlockPermutation", "Diagonal", "Residual", "Scalar", "hessian_error", "spectrum"]
+__all__ = [
+    "LODO",
+    "BlockPermutation",
+    "Diagonal",
+    "Identity",
+    "LogDiagonal",
+    "Residual",
+    "Scalar",
+    "hessian_error",
+    "spectrum",
+]
 __version__ = "0.1.0"

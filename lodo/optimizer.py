@@ -35,8 +35,8 @@ class LODO(Optimizer):
         meta_lr: learning rate of the inner optimizer (alpha); 0 freezes G.
         beta: decay of the momentum, an exponential moving average, in [0, 1).
         weight_decay: decoupled, x <- (1 - lr * weight_decay) x, outside the hypergradient.
-        preconditioner: "block_permutation", "residual", "diagonal", "scalar", "identity" (no network), or a learned
-            preconditioner, of which the group starts with a copy.
+        preconditioner: "block_permutation", "residual", "diagonal", "scalar", beyond the paper "log_diagonal" and
+            "identity" (no network), or a learned preconditioner, of which the group starts with a copy.
         depth: number of layers; None is 16 for "block_permutation", 64 for "residual".
         block_size: k, side of the blocks ("block_permutation").
         expansion: n~ / n >= 1, before n~ is rounded up to a multiple of k ("block_permutation", "residual").
