@@ -10,7 +10,7 @@ eigenvectors of an average of g g^T, those of Q_R of g^T g; on tensors with more
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,15 +53,16 @@ class AdamBase:
         """Q v, shape (n,)."""
         return v
 
-    def learn_(self, g: Tensor, active: Number, steps: Number) -> None:
+    def learn_(self, g: Tensor, active: Number, steps: Number, rotated: Tensor | None = None) -> None:
         """Takes a gradient into the statistics: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
 
         Args:
             g: shape (n,).
             active: whether to, 0 or 1.
             steps: that were taken, this one included.
+            rotated: Q^T g, if it is known.
         """
-        rotated = self.rotate(g)
+        rotated = g if rotated is None else rotated
         self.exp_avg_sq.lerp_(rotated * rotated, active * (1 - DECAY))
 
     def root(self, steps: Number) -> Tensor:
@@ -78,17 +79,18 @@ class SoapBase(AdamBase):
 
     def __init__(self, shapes: Sequence[torch.Size], tensors: dict[str, Tensor]) -> None:
         super().__init__(shapes, tensors)
-        self._factors: list[tuple[int, int, list[tuple[int, Tensor]]]] = []  # rows, columns, (side, [average, basis])
-        self._parts = [shape.numel() for shape in shapes]
-        packed, first = tensors["base_factors"], 0
-        for shape, own in zip(shapes, _sides(shapes), strict=True):
-            rows = shape[0] if shape else 1
+        self._factored: list[_Factored] = []
+        packed, used, first = tensors["base_factors"], 0, 0
+        for shape, sides in zip(shapes, _sides(shapes), strict=True):
             factors = []
-            for side, length in own:
-                count = 2 * length * length
-                factors.append((side, packed[first : first + count].view(2, length, length)))
-                first += count
-            self._factors.append((rows, shape.numel() // max(rows, 1), factors))
+            for side, length in sides:
+                average, basis = packed[used : used + 2 * length * length].view(2, length, length)
+                factors.append(_Factor(side, average, basis, basis.T))
+                used += 2 * length * length
+            if factors:
+                rows = shape[0]
+                self._factored.append(_Factored(first, first + shape.numel(), (rows, shape.numel() // rows), factors))
+            first += shape.numel()
 
     @classmethod
     def tensor_shapes(cls, size: int, shapes: Sequence[torch.Size]) -> Shapes:
@@ -96,40 +98,62 @@ class SoapBase(AdamBase):
         return {"base_exp_avg_sq": (size,), "base_factors": (count,)}
 
     def start_(self) -> None:
-        for _, _, factors in self._factors:
-            for _, (_, basis) in factors:
-                basis.fill_diagonal_(1)
+        for each in self._factored:
+            for factor in each.factors:
+                factor.basis.fill_diagonal_(1)
 
     def rotate(self, v: Tensor) -> Tensor:
-        return self._turned(v, is_back=False)
-
-    def rotate_back(self, v: Tensor) -> Tensor:
-        return self._turned(v, is_back=True)
-
-    def _turned(self, v: Tensor, is_back: bool) -> Tensor:
-        turned = torch.empty_like(v)
-        parts = zip(v.split(self._parts), turned.split(self._parts), self._factors, strict=True)
-        for part, out, (rows, columns, factors) in parts:
-            matrix = part.view(rows, columns)
-            for side, (_, basis) in factors:
-                if side == 0:
-                    matrix = (basis if is_back else basis.T) @ matrix
-                else:
-                    matrix = matrix @ (basis.T if is_back else basis)
-            out.view(rows, columns).copy_(matrix)
+        turned = v.clone()
+        for each in self._factored:
+            matrix = part = each.of(turned)
+            for side, _, basis, transposed in each.factors:
+                matrix = transposed @ matrix if side == 0 else matrix @ basis
+            part.copy_(matrix)
         return turned
 
-    def learn_(self, g: Tensor, active: Number, steps: Number) -> None:
+    def rotate_back(self, v: Tensor) -> Tensor:
+        turned = v.clone()
+        for each in self._factored:
+            matrix = part = each.of(turned)
+            for side, _, basis, transposed in each.factors:
+                matrix = basis @ matrix if side == 0 else matrix @ transposed
+            part.copy_(matrix)
+        return turned
+
+    def learn_(self, g: Tensor, active: Number, steps: Number, rotated: Tensor | None = None) -> None:
+        if not active:
+            return
         is_first = bool(steps == 1)
-        is_due = bool(active) and (is_first or bool(steps % BASIS_EVERY == 0))
-        for part, (rows, columns, factors) in zip(g.split(self._parts), self._factors, strict=True):
-            matrix = part.view(rows, columns)
-            for side, (average, basis) in factors:
-                product = matrix @ matrix.T if side == 0 else matrix.T @ matrix
-                average.lerp_(product, active * (1 - FACTOR_DECAY))
+        is_due = is_first or bool(steps % BASIS_EVERY == 0)
+        for each in self._factored:
+            matrix = each.of(g)
+            for side, average, basis, _ in each.factors:
+                one, other = (matrix, matrix.T) if side == 0 else (matrix.T, matrix)
+                average.addmm_(one, other, beta=FACTOR_DECAY, alpha=1 - FACTOR_DECAY)
                 if is_due:
                     basis.copy_(_eigenbasis(average) if is_first else _improved(average, basis))
-        super().learn_(g, active, steps)
+        super().learn_(g, True, steps, self.rotate(g) if rotated is None or is_due else rotated)
+
+
+class _Factor(NamedTuple):
+    """Of one side of a tensor: 0 for rows or 1 for columns, the average of g g^T or g^T g, and its eigenvectors."""
+
+    side: int
+    average: Tensor
+    basis: Tensor
+    transposed: Tensor
+
+
+class _Factored(NamedTuple):
+    """A tensor that has factors: where it lies in the vector, and its shape as a matrix."""
+
+    first: int
+    end: int
+    shape: tuple[int, int]
+    factors: list[_Factor]
+
+    def of(self, vector: Tensor) -> Tensor:
+        return vector[self.first : self.end].view(self.shape)
 
 
 def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:

@@ -27,6 +27,7 @@ class Composite(Operator):
     def __init__(self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: Number) -> None:
         self.network, self.base, self.scale = network, base, scale
         self.size = network.size
+        self._rotated: Tensor | None = None  # Q^T g, kept from line 1 to line 4 of a step
         self._refresh(steps)
 
     @property
@@ -44,7 +45,8 @@ class Composite(Operator):
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         """As a network's; T is that of the last step until `observe_` is called."""
         if self.theta.numel() > 0:
-            self.network.learn_(self.whiten(g), self.whiten(m), lr, moments, rates)
+            self._rotated = g if self.base is None else self.base.rotate(g)
+            self.network.learn_(self._rotated * self._root, self.whiten(m), lr, moments, rates)
 
     def bound_condition_(self, largest: float) -> None:
         self.network.bound_condition_(largest)
@@ -52,7 +54,8 @@ class Composite(Operator):
     def observe_(self, g: Tensor, active: Number, steps: Number) -> None:
         """Takes a gradient of shape (n,) into the base, and what the scale has learned into T."""
         if self.base is not None:
-            self.base.learn_(g, active, steps)
+            self.base.learn_(g, active, steps, self._rotated)
+            self._rotated = None
         self._refresh(steps)
 
     def _refresh(self, steps: Number) -> None:

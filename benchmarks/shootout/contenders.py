@@ -16,14 +16,15 @@ import lodo
 from benchmarks.shootout.problem import Problem, Task
 
 RECOMMENDED: Mapping[str, Any] = {
-    "lr": 0.1,
-    "meta_lr": 1e-3,
-    "depth": 4,
-    "expansion": 1,
-    "permutation": "shuffle",
+    "lr": 1e-3,
+    "base": "soap",
+    "preconditioner": "log_diagonal",
+    "meta_lr": 3e-3,
+    "trace": 0.99,
+    "scale_lr": 0.03,
 }
 """What "LODO" is run with, untuned, on every task: the one place to change the recommended call."""
-SEARCHED_LODO = ("lr", "meta_lr")  # of the tuned one; all else is as recommended
+SEARCHED_LODO = ("lr", "beta")  # of the tuned one; all else is as recommended
 
 Options = Mapping[str, Any]
 BOTH = ("constant", "cosine")
@@ -189,7 +190,7 @@ _ALL = (
     Contender(
         "LODO, tuned",
         _lodo,
-        {"lr": Range(1e-3, 10.0, 0.1), "meta_lr": Range(1e-5, 1e-1, 1e-3)},
+        {"lr": Range(1e-5, 1e-1, 1e-3), "beta": _MOMENTUM},
         TRIALS,
     ),
 )
