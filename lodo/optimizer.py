@@ -1,6 +1,6 @@
 """The optimizer `lodo.LODO`: arguments, param groups, closure, the call of a step. No mathematics."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -53,6 +53,9 @@ class LODO(Optimizer):
             start at zero, as Adam's is. See `lodo.bases`. "soap" makes the host wait on CUDA.
         scale_lr: learning rate of a logarithmic scale per tensor, as part of G; 0: there is none. See `lodo.scale`.
         scale_trace: decay, in [0, 1), of the steps that the scales' hypergradient judges.
+        betas: None, or decays, each in [0, 1), of momenta whose weights are learned for each tensor: their mixture
+            takes the place of the single momentum, and starts near that of decay `beta`. See `lodo.mixture`.
+        mix_lr: learning rate of these weights.
         max_step_norm: the longest step, relative to the parameters: a step longer than max_step_norm * |x| over its
             param group (or than if x had a root mean square of 1e-3) is shortened to that. To the hypergradient it is a
             step of a smaller lr. Weight decay comes on top.
@@ -90,6 +93,8 @@ class LODO(Optimizer):
         base: str | None = None,
         scale_lr: float = 0.0,
         scale_trace: float = 0.998,
+        betas: Sequence[float] | None = None,
+        mix_lr: float = 0.01,
         meta_every: int = 1,
         meta_state_dtype: str | torch.dtype | None = None,
         momentum_dtype: str | torch.dtype | None = None,
@@ -114,6 +119,8 @@ class LODO(Optimizer):
             "base": base,
             "scale_lr": scale_lr,
             "scale_trace": scale_trace,
+            "betas": betas,
+            "mix_lr": mix_lr,
             "meta_every": meta_every,
             "meta_state_dtype": name_of(meta_state_dtype),
             "momentum_dtype": name_of(momentum_dtype),
@@ -153,6 +160,8 @@ class LODO(Optimizer):
         for name in FLOATS:
             if not isinstance(group[name], Tensor | int | None):
                 group[name] = float(group[name])  # NumPy's numbers would not pass torch.load(weights_only=True)
+        if group["betas"] is not None:
+            group["betas"] = tuple(map(float, group["betas"]))
         try:
             check_parameters(group["params"])
             if learned is not None:
@@ -325,7 +334,7 @@ class LODO(Optimizer):
         if group["meta_lr"] > 0:
             live.meta_step.set(live.meta_step.get() + learning)
         lr = live.lr.get()
-        if group["base"] is not None:
+        if group["base"] is not None and live.mixture is None:
             lr = lr / (1 - group["beta"] ** (steps + (steps < 1)))  # corrects the momentum for its start at zero
         if live.scale is not None:
             live.scale.learn_(live.gradient, group["scale_lr"], steps, active)
@@ -345,6 +354,8 @@ class LODO(Optimizer):
             max_condition=group["max_condition"],
             e=live.extras.get("trace"),
             trace=group["trace"],
+            mixture=live.mixture,
+            mix_lr=group["mix_lr"],
             steps=steps,
         )
         live.keep_momentum(momentum)

@@ -20,6 +20,7 @@ CHANGEABLE = (
     "trace",
     "scale_lr",
     "scale_trace",
+    "mix_lr",
     "meta_every",
     "meta_state_dtype",
     "momentum_dtype",
@@ -40,6 +41,7 @@ FLOATS = (
     "trace",
     "scale_lr",
     "scale_trace",
+    "mix_lr",
     "max_step_norm",
     "max_condition",
 )
@@ -52,6 +54,8 @@ ADDED: dict[str, Any] = {
     "base": None,
     "scale_lr": 0.0,
     "scale_trace": 0.998,
+    "betas": None,
+    "mix_lr": 0.01,
 }
 """What optimizers that were pickled before there were these options have done."""
 
@@ -76,7 +80,9 @@ def check_options(options: dict[str, Any]) -> None:
     _check_number("expansion", options["expansion"], 1, math.inf)
     for name in ("trace", "scale_trace"):
         _check_number(name, options[name], 0, 1)
-    _check_number("scale_lr", options["scale_lr"], 0, math.inf)
+    for name in ("scale_lr", "mix_lr"):
+        _check_number(name, options[name], 0, math.inf)
+    _check_betas(options["betas"])
     _check_choice("base", options["base"], (None, *BASES))
     if options["base"] == "soap" and options["capturable"]:
         raise ValueError(
@@ -121,6 +127,15 @@ def _check_number(name: str, value: Any, low: float, high: float, others: str = 
 def _check_integer(name: str, value: Any, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
         raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
+
+
+def _check_betas(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, tuple | list) or not value:
+        raise ValueError(f"betas must be None or a tuple of numbers >= 0 and < 1, got {value!r}")
+    for beta in value:
+        _check_number("every one of betas", beta, 0, 1)
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:

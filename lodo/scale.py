@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from lodo.meta import BETA1, BETA2
-from lodo.scalars import Number
+from lodo.scalars import Number, is_tensor
 
 DRIFT = 5.0
 TINY = 1e-30
 ROWS = 3  # of the table that is kept: the s_j, and the first and second moments of Adam
+
+
+def bounded(rate: float, t: Number) -> Number:
+    """min(rate, DRIFT / t), t a number of steps."""
+    return torch.clamp(DRIFT / t, max=rate) if is_tensor(t) else min(rate, DRIFT / t)
 
 
 class Scale:
@@ -53,8 +58,7 @@ class Scale:
         exp_avg_sq.lerp_(h * h, active * (1 - BETA2))
         root = torch.sqrt(exp_avg_sq / (1 - BETA2**t)).add_(TINY)
         fall = (exp_avg / (1 - BETA1**t)).div_(root)
-        rate = torch.clamp(DRIFT / t, max=scale_lr) if isinstance(t, Tensor) else min(scale_lr, DRIFT / t)
-        log_scale.sub_(fall.mul_(active * rate))
+        log_scale.sub_(fall.mul_(active * bounded(scale_lr, t)))
 
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""

@@ -4,9 +4,10 @@ Per parameter: "momentum", shaped like it. On the first parameter of a group tha
 others is lost when torch.distributed.checkpoint loads it), for the whole group: "theta" and, where it has indices,
 "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and "meta_step" of the inner Adam;
 "last_lr" (as `max_step_norm` left it); "trace" (n,) of the momentum; "base_exp_avg_sq" (n,) and "base_factors" of the
-base preconditioner; "scale" (3, number of tensors) and "moves" (n,) of the scales per tensor; "steps" taken and
-"skipped" (left out for bad gradients); "format" of this layout. Network and momentum are float32, or float64 for groups
-with float64 parameters; the moments of the inner Adam and the momentum may be bfloat16 instead.
+base preconditioner; "scale" (3, number of tensors) and "moves" (n,) of the scales per tensor; "momenta" (number of
+betas, n) and "mixture" (3, number of betas, number of tensors) of the learned momentum; "steps" taken and "skipped"
+(left out for bad gradients); "format" of this layout. Network and momentum are float32, or float64 for groups with
+float64 parameters; the moments of the inner Adam and the momentum may be bfloat16 instead.
 
 On several ranks: the momentum of a parameter that is a DTensor is a DTensor like it, and is resharded with it by
 torch.distributed.checkpoint. If the parameters are sharded, each shard has its own network, and all that is kept for
@@ -26,6 +27,8 @@ from lodo import kernels, meta
 from lodo.bases import BASES
 from lodo.composite import Composite
 from lodo.flat import FlatParameters
+from lodo.mixture import ROWS as MIXTURE_ROWS
+from lodo.mixture import Mixture
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import kept_dtype
 from lodo.scalars import Cell
@@ -37,7 +40,8 @@ SHARDED_FORMAT = 3
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
 SCALE_KEYS = ("scale", "moves")
-EXTRA_KEYS = ("trace", "base_exp_avg_sq", "base_factors", *SCALE_KEYS)
+MIXTURE_KEYS = ("momenta", "mixture")
+EXTRA_KEYS = ("trace", "base_exp_avg_sq", "base_factors", *SCALE_KEYS, *MIXTURE_KEYS)
 OTHER_GROUPS = """the state of a param group is that of other groups, whose networks act on other parameters; \
 ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
 
@@ -63,6 +67,7 @@ class GroupState:
     gradient_parts: list[Tensor] = field(init=False)
     operator: Operator = field(init=False)  # G / lr: the preconditioner, with base and scale if there are any
     scale: Scale | None = field(init=False, default=None)
+    mixture: Mixture | None = field(init=False, default=None)
     lr: Cell = field(init=False)
     has_stepped: bool = field(init=False, default=False)  # so that all that kernels prepare is there
     # What stands in `optimizer.state`: the tensors for the whole group, and each parameter's momentum.
@@ -112,17 +117,23 @@ class GroupState:
             return
         wanted, wide = shapes(self.flat.size, group), self.last_lr.tensor.dtype
         for name in missing:
-            dtype = wide if name == "scale" else self.flat.dtype
+            dtype = wide if name in ("scale", "mixture") else self.flat.dtype
             self.extras[name] = torch.zeros(wanted[name], dtype=dtype, device=self.flat.device)
         if "trace" in missing:
             self.extras["trace"].copy_(self.momentum)
         if "base_exp_avg_sq" in missing:
             BASES[group["base"]](self.flat.shapes, self.extras).start_()
+        if "mixture" in missing:
+            self._mixture(group).start_(group["beta"])
+
+    def _mixture(self, group: dict[str, Any]) -> Mixture:
+        return Mixture(self.extras["momenta"], self.extras["mixture"], group["betas"], self.flat.lengths)
 
     def _put_together(self, group: dict[str, Any]) -> None:
         """Makes `operator` and `scale` of the present tensors."""
         table = self.extras.get("scale")
         self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths)
+        self.mixture = None if group["betas"] is None else self._mixture(group)
         self.operator = self.preconditioner
         if group["base"] is not None or self.scale is not None:
             kind = None if group["base"] is None else BASES[group["base"]]
@@ -216,9 +227,18 @@ def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "trace": (size,),
         "scale": (ROWS, len(group["params"])),
         "moves": (size,),
+        **mixture_shapes(size, group),
         **base_shapes(size, group),
     }
     return {"theta": theta, **dict.fromkeys(MOMENT_KEYS, theta), **dict.fromkeys(COUNT_KEYS, ()), **indices, **extras}
+
+
+def mixture_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a mixture of momenta keeps."""
+    if group["betas"] is None:
+        return {}
+    count = len(group["betas"])
+    return {"momenta": (count, size), "mixture": (MIXTURE_ROWS, count, len(group["params"]))}
 
 
 def base_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -232,7 +252,8 @@ def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
     """Which of EXTRA_KEYS the options of a group ask for."""
     trace = ("trace",) if group["trace"] > 0 else ()
     base = () if group["base"] is None else BASES[group["base"]].names
-    return (*trace, *base, *(SCALE_KEYS if group["scale_lr"] > 0 else ()))
+    mixture = () if group["betas"] is None else MIXTURE_KEYS
+    return (*trace, *base, *(SCALE_KEYS if group["scale_lr"] > 0 else ()), *mixture)
 
 
 def _carrier(params: list[Tensor]) -> Tensor:
@@ -327,7 +348,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
         entry["steps"] = torch.zeros_like(entry["skipped"])
     cells = [Cell(here(name)) for name in COUNT_KEYS]
     extras = {name: here(name) for name in EXTRA_KEYS if name in entry}
-    for name in extras.keys() - {"scale"}:
+    for name in extras.keys() - {"scale", "mixture"}:
         extras[name] = extras[name].to(flat.dtype)
     return GroupState(flat, preconditioner, moments, momentum, parts, extras, *cells)
 

@@ -12,10 +12,13 @@ step is enough.
 
 G is symmetric, so <g, G m> = lr <U g, U m>, and h is one explicit backward pass through U, no autograd.
 
-Three parts go beyond the paper and can be left out. A trace: line 1 takes e in place of m, where e <- trace * e + m in
-line 3, so that the gradient also judges the steps before the last one. A base preconditioner and a scale per tensor:
-then G = lr * T^T U^T U T (see `lodo.composite`), line 1 goes through U in the coordinates T x, and line 4 first takes g
-into the base.
+Parts that go beyond the paper and can be left out:
+
+- a trace: line 1 takes e in place of m, where e <- trace * e + m in line 3, so that the gradient also judges the steps
+  before the last one;
+- a mixture of momenta with learned weights in place of line 3 (see `lodo.mixture`);
+- a base preconditioner and a scale per tensor: then G = lr * T^T U^T U T (see `lodo.composite`), line 1 goes through U
+  in the coordinates T x, and line 4 first takes g into the base.
 """
 
 import math
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lodo import meta
+from lodo.mixture import Mixture
 from lodo.preconditioners import Operator
 from lodo.scalars import Number, choose, is_tensor, norm
 
@@ -45,6 +49,8 @@ def lodo_step(
     max_condition: float | None = None,
     e: Tensor | None = None,
     trace: float = 0.0,
+    mixture: Mixture | None = None,
+    mix_lr: float = 0.0,
     steps: Number = 0,
 ) -> Tensor:
     """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
@@ -66,17 +72,24 @@ def lodo_step(
         max_condition: as for `lodo.LODO`. On an accelerator this one makes the host wait.
         e: trace of the momentum, shape (n,), advanced in place; None for the paper's method, whose trace is 0.
         trace: its decay.
+        mixture: of momenta, in place of the single one; it advances, and `m` becomes the mixture.
+        mix_lr: as for `lodo.LODO`.
         steps: taken, this one included; what the base preconditioner counts by.
     """
     if is_tensor(active):
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
         active, learning = active.to(m.dtype), learning.to(m.dtype)
+    if mixture is not None:
+        mixture.learn_(preconditioner.apply(g).mul_(last_lr), mix_lr, steps, active)
     if meta_lr > 0 and (is_tensor(learning) or learning):
         rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype)
         preconditioner.learn_(g, m if e is None else e, last_lr, moments, rates)
         if max_condition is not None and learning:
             preconditioner.bound_condition_(max_condition)
-    m.lerp_(g, active * (1 - beta))
+    if mixture is None:
+        m.lerp_(g, active * (1 - beta))
+    else:
+        mixture.mix_(m, g, steps, active)
     if e is not None:
         e.mul_(1 - active * (1 - trace)).add_(m * active if is_tensor(active) else m)
     preconditioner.observe_(g, active, steps)

@@ -1,0 +1,82 @@
+"""A learned mixture of momenta: m = sum_b w_b m_b, where m_b is an exponential moving average with decay b.
+
+How much momentum is good hangs on the noise and on how the curvature changes, and differs from task to task more than
+any other hyperparameter: none at all is best to track a moving minimum, much of it in a noisy valley. The weights, a
+softmax of u_j on tensor j, are judged as theta is, by the gradient where the last step landed:
+
+    h_jb = -d/du_jb <g, G m> = -w_jb (c_jb - sum_b' w_jb' c_jb'),    c_jb = <(G g)_j, (m_b)_j>
+    u_jb <- u_jb - min(mix_lr, DRIFT / t) * Adam's normalised h_jb
+
+All m_b are corrected for their start at zero.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lodo.meta import BETA1, BETA2
+from lodo.scalars import Number
+from lodo.scale import TINY, bounded
+
+FIRST_SHARE = 0.9  # of the decay nearest to `beta`, at the start; the others share the rest
+ROWS = 3  # of the table that is kept: the u_jb, and the first and second moments of Adam
+
+
+class Mixture:
+    """The momenta of one param group.
+
+    Args:
+        momenta: (b, n) for b decays, before correction; advanced in place, as `table` is.
+        table: (3, b, k) for k tensors.
+        betas: the decays, in [0, 1).
+        lengths: numbers of elements of the tensors.
+    """
+
+    def __init__(self, momenta: Tensor, table: Tensor, betas: Sequence[float], lengths: list[int]) -> None:
+        self.momenta, self.table, self._betas, self._lengths = momenta, table, tuple(betas), lengths
+        self._decays = torch.tensor(self._betas, dtype=table.dtype, device=table.device)
+
+    def start_(self, beta: float) -> None:
+        """Gives the weights their start."""
+        count = len(self._betas)
+        nearest = min(range(count), key=lambda index: abs(self._betas[index] - beta))
+        shares = torch.full((count,), (1 - FIRST_SHARE) / max(count - 1, 1), dtype=self.table.dtype)
+        shares[nearest] = FIRST_SHARE if count > 1 else 1.0
+        self.table[0].copy_(shares.log()[:, None].expand_as(self.table[0]))
+
+    def learn_(self, step: Tensor, mix_lr: float, steps: Number, active: Number) -> None:
+        """Moves the weights along the hypergradient.
+
+        Args:
+            step: G g of the G that made the last step, g the gradient where it led; shape (n,).
+            mix_lr: the rate, before DRIFT bounds it.
+            steps: taken, the one that is being made included.
+            active: whether to.
+        """
+        u, exp_avg, exp_avg_sq = self.table
+        before = steps - 1 + (steps < 2)
+        parts = (self.momenta * step).split(self._lengths, dim=1)
+        c = torch.stack([part.sum(1) for part in parts], dim=1).to(u.dtype)
+        c = c / self._corrections(before)[:, None]
+        c.nan_to_num_(0.0, 0.0, 0.0)
+        w = u.softmax(0)
+        h = -w * (c - (w * c).sum(0))
+        t = steps + (steps < 1)
+        exp_avg.lerp_(h, active * (1 - BETA1))
+        exp_avg_sq.lerp_(h * h, active * (1 - BETA2))
+        root = torch.sqrt(exp_avg_sq / (1 - BETA2**t)).add_(TINY)
+        fall = (exp_avg / (1 - BETA1**t)).div_(root)
+        u.sub_(fall.mul_(active * bounded(mix_lr, t)))
+
+    def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number) -> None:
+        """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,)."""
+        for momentum, beta in zip(self.momenta, self._betas, strict=True):
+            momentum.lerp_(g, active * (1 - beta))
+        w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
+        shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)
+        for part, (momenta, weights) in zip(m.split(self._lengths), shares, strict=True):
+            torch.mv(momenta.T, weights, out=part)
+
+    def _corrections(self, steps: Number) -> Tensor:
+        return 1 - self._decays**steps
