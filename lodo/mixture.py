@@ -29,18 +29,18 @@ class Mixture:
     Args:
         momenta: (b, n) for b decays, before correction; advanced in place, as `table` is.
         table: (3, b, k) for k tensors.
-        betas: the decays, in [0, 1).
+        decays: of the momenta, in [0, 1).
         lengths: numbers of elements of the tensors.
     """
 
-    def __init__(self, momenta: Tensor, table: Tensor, betas: Sequence[float], lengths: list[int]) -> None:
-        self.momenta, self.table, self._betas, self._lengths = momenta, table, tuple(betas), lengths
-        self._decays = torch.tensor(self._betas, dtype=table.dtype, device=table.device)
+    def __init__(self, momenta: Tensor, table: Tensor, decays: Sequence[float], lengths: list[int]) -> None:
+        self.momenta, self.table, self._decays_of, self._lengths = momenta, table, tuple(decays), lengths
+        self._decays = torch.tensor(self._decays_of, dtype=table.dtype, device=table.device)
 
     def start_(self, beta: float) -> None:
         """Gives the weights their start."""
-        count = len(self._betas)
-        nearest = min(range(count), key=lambda index: abs(self._betas[index] - beta))
+        count = len(self._decays_of)
+        nearest = min(range(count), key=lambda index: abs(self._decays_of[index] - beta))
         shares = torch.full((count,), (1 - FIRST_SHARE) / max(count - 1, 1), dtype=self.table.dtype)
         shares[nearest] = FIRST_SHARE if count > 1 else 1.0
         self.table[0].copy_(shares.log()[:, None].expand_as(self.table[0]))
@@ -71,7 +71,7 @@ class Mixture:
 
     def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number) -> None:
         """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,)."""
-        for momentum, beta in zip(self.momenta, self._betas, strict=True):
+        for momentum, beta in zip(self.momenta, self._decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
         w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)

@@ -53,7 +53,7 @@ class LODO(Optimizer):
             start at zero, as Adam's is. See `lodo.bases`. "soap" makes the host wait on CUDA.
         scale_lr: learning rate of a logarithmic scale per tensor, as part of G; 0: there is none. See `lodo.scale`.
         scale_trace: decay, in [0, 1), of the steps that the scales' hypergradient judges.
-        betas: None, or decays, each in [0, 1), of momenta whose weights are learned for each tensor: their mixture
+        decays: None, or several, each in [0, 1), of momenta whose weights are learned for each tensor: their mixture
             takes the place of the single momentum, and starts near that of decay `beta`. See `lodo.mixture`.
         mix_lr: learning rate of these weights.
         max_step_norm: the longest step, relative to the parameters: a step longer than max_step_norm * |x| over its
@@ -93,7 +93,7 @@ class LODO(Optimizer):
         base: str | None = None,
         scale_lr: float = 0.0,
         scale_trace: float = 0.998,
-        betas: Sequence[float] | None = None,
+        decays: Sequence[float] | None = None,
         mix_lr: float = 0.01,
         meta_every: int = 1,
         meta_state_dtype: str | torch.dtype | None = None,
@@ -119,7 +119,7 @@ class LODO(Optimizer):
             "base": base,
             "scale_lr": scale_lr,
             "scale_trace": scale_trace,
-            "betas": betas,
+            "decays": decays,
             "mix_lr": mix_lr,
             "meta_every": meta_every,
             "meta_state_dtype": name_of(meta_state_dtype),
@@ -160,8 +160,8 @@ class LODO(Optimizer):
         for name in FLOATS:
             if not isinstance(group[name], Tensor | int | None):
                 group[name] = float(group[name])  # NumPy's numbers would not pass torch.load(weights_only=True)
-        if group["betas"] is not None:
-            group["betas"] = tuple(map(float, group["betas"]))
+        if group["decays"] is not None:
+            group["decays"] = tuple(map(float, group["decays"]))
         try:
             check_parameters(group["params"])
             if learned is not None:

@@ -54,7 +54,7 @@ ADDED: dict[str, Any] = {
     "base": None,
     "scale_lr": 0.0,
     "scale_trace": 0.998,
-    "betas": None,
+    "decays": None,
     "mix_lr": 0.01,
 }
 """What optimizers that were pickled before there were these options have done."""
@@ -82,7 +82,7 @@ def check_options(options: dict[str, Any]) -> None:
         _check_number(name, options[name], 0, 1)
     for name in ("scale_lr", "mix_lr"):
         _check_number(name, options[name], 0, math.inf)
-    _check_betas(options["betas"])
+    _check_decays(options["decays"])
     _check_choice("base", options["base"], (None, *BASES))
     if options["base"] == "soap" and options["capturable"]:
         raise ValueError(
@@ -129,13 +129,13 @@ def _check_integer(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} must be an int >= {low}, got {value!r}")
 
 
-def _check_betas(value: Any) -> None:
+def _check_decays(value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, tuple | list) or not value:
-        raise ValueError(f"betas must be None or a tuple of numbers >= 0 and < 1, got {value!r}")
+        raise ValueError(f"decays must be None or a tuple of numbers >= 0 and < 1, got {value!r}")
     for beta in value:
-        _check_number("every one of betas", beta, 0, 1)
+        _check_number("every one of decays", beta, 0, 1)
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:

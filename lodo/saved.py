@@ -151,8 +151,8 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             is of another format, preconditioner or shape, or holds what only a diverged training leaves, or none.
     """
     for index, (saved_group, group) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        for name, former in (("preconditioner", group["preconditioner"]), ("base", None), ("betas", None)):
-            kind = saved_group.get(name, former)  # there were no bases and betas once
+        for name, former in (("preconditioner", group["preconditioner"]), ("base", None), ("decays", None)):
+            kind = saved_group.get(name, former)  # there were no bases and decays once
             own = tuple(group[name]) if isinstance(group[name], list) else group[name]
             if (tuple(kind) if isinstance(kind, list) else kind) != own:
                 raise ValueError(

@@ -5,7 +5,7 @@ others is lost when torch.distributed.checkpoint loads it), for the whole group:
 "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and "meta_step" of the inner Adam;
 "last_lr" (as `max_step_norm` left it); "trace" (n,) of the momentum; "base_exp_avg_sq" (n,) and "base_factors" of the
 base preconditioner; "scale" (3, number of tensors) and "moves" (n,) of the scales per tensor; "momenta" (number of
-betas, n) and "mixture" (3, number of betas, number of tensors) of the learned momentum; "steps" taken and "skipped"
+decays, n) and "mixture" (3, number of decays, number of tensors) of the learned momentum; "steps" taken and "skipped"
 (left out for bad gradients); "format" of this layout. Network and momentum are float32, or float64 for groups with
 float64 parameters; the moments of the inner Adam and the momentum may be bfloat16 instead.
 
@@ -127,13 +127,13 @@ class GroupState:
             self._mixture(group).start_(group["beta"])
 
     def _mixture(self, group: dict[str, Any]) -> Mixture:
-        return Mixture(self.extras["momenta"], self.extras["mixture"], group["betas"], self.flat.lengths)
+        return Mixture(self.extras["momenta"], self.extras["mixture"], group["decays"], self.flat.lengths)
 
     def _put_together(self, group: dict[str, Any]) -> None:
         """Makes `operator` and `scale` of the present tensors."""
         table = self.extras.get("scale")
         self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths)
-        self.mixture = None if group["betas"] is None else self._mixture(group)
+        self.mixture = None if group["decays"] is None else self._mixture(group)
         self.operator = self.preconditioner
         if group["base"] is not None or self.scale is not None:
             kind = None if group["base"] is None else BASES[group["base"]]
@@ -235,9 +235,9 @@ def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def mixture_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of what a mixture of momenta keeps."""
-    if group["betas"] is None:
+    if group["decays"] is None:
         return {}
-    count = len(group["betas"])
+    count = len(group["decays"])
     return {"momenta": (count, size), "mixture": (MIXTURE_ROWS, count, len(group["params"]))}
 
 
@@ -252,7 +252,7 @@ def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
     """Which of EXTRA_KEYS the options of a group ask for."""
     trace = ("trace",) if group["trace"] > 0 else ()
     base = () if group["base"] is None else BASES[group["base"]].names
-    mixture = () if group["betas"] is None else MIXTURE_KEYS
+    mixture = () if group["decays"] is None else MIXTURE_KEYS
     return (*trace, *base, *(SCALE_KEYS if group["scale_lr"] > 0 else ()), *mixture)
 
 

@@ -22,7 +22,7 @@ RECOMMENDED: Mapping[str, Any] = {
     "meta_lr": 3e-3,
     "trace": 0.99,
     "scale_lr": 0.03,
-    "betas": (0.0, 0.9, 0.99, 0.999),
+    "decays": [0.0, 0.9, 0.99, 0.999],
 }
 """What "LODO" is run with, untuned, on every task: the one place to change the recommended call."""
 SEARCHED_LODO = ("lr", "beta")  # of the tuned one; all else is as recommended
