@@ -158,7 +158,9 @@ def network(kind: str, size: int, options: dict[str, Any], seed: int, dtype: tor
     if kind == "residual":
         theta[:-1] /= max(1, len(theta) - 1) ** 0.5
         return lodo.Residual(theta, permutations(len(theta) - 1, shape[1]), size)
-    return lodo.Diagonal(theta) if kind == "diagonal" else lodo.Scalar(theta, size)
+    if kind == "identity":
+        return lodo.Identity(size, dtype)
+    return lodo.Scalar(theta, size) if kind == "scalar" else {"diagonal": lodo.Diagonal, "log_diagonal": lodo.LogDiagonal}[kind](theta)
 
 
 @st.composite

@@ -60,6 +60,8 @@ def test_every_network_is_a_symmetric_matrix_and_the_promised_ones_are_positive(
         if isinstance(g, lodo.Diagonal | lodo.Scalar):
             assert torch.equal(dense, torch.diag(g.weight.expand(g.size)))
             return
+        if isinstance(g, lodo.LogDiagonal):
+            assert torch.equal(dense, torch.diag(g.log_weight.exp()))
         if isinstance(g, lodo.Residual):
             with_positive = torch.cat((g.diagonals[:-1], g.diagonals[-1:].abs()))
             dense = lodo.Residual(with_positive, g.permutations, g.size).to_dense()
@@ -137,7 +139,7 @@ def test_what_a_network_is_made_of_is_copied(g, is_numpy, layout, index):
         assume(index != torch.uint8 or g.permutations.shape[1] <= 256)
         given.append(draw.laid_out(g.permutations.to(index), layout))
     before = copy.deepcopy(given)
-    sizes = () if isinstance(g, lodo.Diagonal) else (g.size,)
+    sizes = () if isinstance(g, lodo.Diagonal | lodo.LogDiagonal) else (g.size,)
     other = type(g)(*(tensor.numpy() if is_numpy else tensor for tensor in given), *sizes)
     assert torch.equal(
         other.to_dense(), type(g)(learned(g), *(tensor.long() for tensor in given[1:]), *sizes).to_dense()
