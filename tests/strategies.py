@@ -160,7 +160,11 @@ def network(kind: str, size: int, options: dict[str, Any], seed: int, dtype: tor
         return lodo.Residual(theta, permutations(len(theta) - 1, shape[1]), size)
     if kind == "identity":
         return lodo.Identity(size, dtype)
-    return lodo.Scalar(theta, size) if kind == "scalar" else {"diagonal": lodo.Diagonal, "log_diagonal": lodo.LogDiagonal}[kind](theta)
+    return (
+        lodo.Scalar(theta, size)
+        if kind == "scalar"
+        else {"diagonal": lodo.Diagonal, "log_diagonal": lodo.LogDiagonal}[kind](theta)
+    )
 
 
 @st.composite

@@ -19,6 +19,7 @@ NETWORKS = {
 }
 BASES = (None, "adam", "soap")
 SHAPES = ((3, 4), (5,), (), (2, 3, 2), (0, 3), (1,))
+WARM = 12
 FULL = [(0, 3), (1, 4)]  # both sides of a 3 x 4 matrix: (0 for rows or 1 for columns, length)
 
 
@@ -125,7 +126,7 @@ def dense_basis(shapes, factors):
     blocks = []
     for shape, own in zip(shapes, factors, strict=True):
         sides = [own[i][1] if i in own else torch.eye(d, dtype=torch.float64) for i, d in enumerate(as_matrix(shape))]
-        blocks.append(torch.kron(*sides))
+        blocks.append(torch.kron(*(side.contiguous() for side in sides)))
     return torch.block_diag(*(block for block in blocks if block.numel()))
 
 
@@ -236,21 +237,27 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
 def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, trace, kernel):
     """That of the loss with theta free in the steps that led here, those before the last counted by their age."""
     settings = {"trace": trace, "base": base, "scale_lr": scale_lr, "beta": 0.6, "meta_optimizer": "sgd"}
-    params, optimizer = trained(kind, steps=1, meta_lr=0.3, **settings)
-    m = 0.4 * flat(p.grad for p in params)
-    e = m.clone()
-    for t in range(1, 12):
+    params, optimizer = built(kind, meta_lr=0.02, **{**settings, "lr": 0.0})
+    m = e = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
+    for _ in range(WARM):  # until there have been gradients along all coordinates, which SOAP's first bases make zero
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        m = 0.6 * m + 0.4 * flat(p.grad for p in params)
+        e = trace * e + m
+    optimizer.param_groups[0]["lr"] = 0.05
+    for t in range(WARM, WARM + 8):
         g = optimizer.preconditioners[0]
         network = getattr(g, "network", g)
         coordinates = dense_of(g.whiten, g.size) if g is not network else torch.eye(g.size, dtype=torch.float64)
         theta = learned(network).requires_grad_()
-        step = coordinates.T @ matvec(network, theta, coordinates @ e)
-        step = step * (0.05 if base is None else 0.05 / (1 - 0.6**t))
+        lr = 0.0 if t == WARM else 0.05 if base is None else 0.05 / (1 - 0.6**t)
+        step = lr * coordinates.T @ matvec(network, theta, coordinates @ e)
         loss_of(flat(params) + step.detach() - step).backward()
         gradient = backward(params)
         optimizer.step()
-        error = torch.linalg.vector_norm(learned(network) - (theta - 0.3 * theta.grad).detach())
-        assert error <= 1e-9 * 0.3 * torch.linalg.vector_norm(theta.grad)
+        error = torch.linalg.vector_norm(learned(network) - (theta - 0.02 * theta.grad).detach())
+        assert error <= 1e-9 * 0.02 * torch.linalg.vector_norm(theta.grad)
         m = 0.6 * m + 0.4 * gradient
         e = trace * e + m
     if trace:
@@ -328,24 +335,23 @@ def test_the_scales_of_a_network_that_mixes_tensors_have_the_right_sum(base):
     """The sum of the hypergradients is the derivative with respect to the lr, here of one step."""
     params, optimizer = built("block_permutation", TENSORS, base=base, scale_lr=1e-300, scale_trace=0.0)
     lengths = torch.tensor([p.numel() for p in params])
-    for t in range(1, 6):
+    table, expected = torch.zeros(3, len(TENSORS), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for t in range(1, 8):
         start = flat(params)
         backward(params)
         optimizer.step()
-        lr = 0.05 if base is None else 0.05 / (1 - 0.9**t)
+        h = observed(table, entry_of(optimizer)["scale"])
+        torch.testing.assert_close(h.sum(), expected, rtol=1e-6, atol=1e-12)
+        assert bool(h.any()) == (t > 1)
+        table = entry_of(optimizer)["scale"].clone()
         s = torch.zeros(len(TENSORS), dtype=torch.float64, requires_grad=True)
         root = torch.exp(s / 2).repeat_interleave(lengths)
         m = flat(optimizer.state[p]["momentum"] for p in params)
+        lr = 0.05 if base is None else 0.05 / (1 - 0.9**t)
         landed = start - lr * root * (optimizer.preconditioners[0].to_dense() @ (root * m))
-        torch.testing.assert_close(landed.detach(), flat(params), rtol=0, atol=1e-12)
+        torch.testing.assert_close(landed.detach(), flat(params), rtol=0, atol=1e-7 if base == "soap" else 1e-12)
         loss_of(landed).backward()
-        before = entry_of(optimizer)["scale"].clone()
-        backward(params)
-        copied, twin = copy.deepcopy((params, optimizer))
-        twin.step()
-        h = observed(before, entry_of(twin)["scale"])
-        torch.testing.assert_close(h.sum(), s.grad.sum(), rtol=1e-9, atol=1e-12)
-        assert len(copied) == len(params)
+        expected = s.grad.sum()
 
 
 def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
