@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lodo.meta import BETA1, BETA2
-from lodo.scalars import Number
+from lodo.scalars import Number, is_tensor
 
 DRIFT = 5.0
 TINY = 1e-30
@@ -45,19 +45,23 @@ class Scale:
             active: whether to.
         """
         log_scale, exp_avg, exp_avg_sq = self.table
+        active = active.to(self.table.dtype) if is_tensor(active) else active
         pairs = zip(g.split(self._lengths), self._parts, strict=True)
         h = torch.stack([torch.dot(part, move) for part, move in pairs]).to(self.table.dtype).neg_()
-        h.nan_to_num_(0.0, 0.0, 0.0)  # of numbers that are large but finite the product may overflow
+        # Of numbers that are large but finite the product may overflow, or its square, which would stay in exp_avg_sq.
+        largest = 0.5 * torch.finfo(h.dtype).max ** 0.5
+        h.nan_to_num_(0.0, 0.0, 0.0).clamp_(-largest, largest)
         t = steps + (steps < 1)
         exp_avg.lerp_(h, active * (1 - BETA1))
         exp_avg_sq.lerp_(h * h, active * (1 - BETA2))
         root = torch.sqrt(exp_avg_sq / (1 - BETA2**t)).add_(TINY)
         fall = (exp_avg / (1 - BETA1**t)).div_(root)
-        rate = torch.clamp(DRIFT / t, max=scale_lr) if isinstance(t, Tensor) else min(scale_lr, DRIFT / t)
+        rate = torch.clamp(DRIFT / t, max=scale_lr) if is_tensor(t) else min(scale_lr, DRIFT / t)
         log_scale.sub_(fall.mul_(active * rate))
 
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""
+        active = active.to(step.dtype) if is_tensor(active) else active
         self.moves.mul_(1 - active * (1 - trace)).add_(step)
 
     def multiply_(self, vector: Tensor) -> None:

@@ -28,7 +28,7 @@ from lodo.composite import Composite
 from lodo.flat import FlatParameters
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import kept_dtype
-from lodo.scalars import Cell
+from lodo.scalars import Cell, Number, is_tensor
 from lodo.scale import ROWS, Scale
 from lodo.sharding import Sharding, local, rank_of_fsdp1, shown_as
 
@@ -70,6 +70,7 @@ class GroupState:
     kept_momentum: list[Tensor] = field(init=False, default_factory=list)
     # The DTensors among them, with the tensors of this rank that they are made of.
     _shown: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+    _places: dict[str, int] = field(init=False, default_factory=dict)  # where the extras lie in memory
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()
@@ -88,6 +89,11 @@ class GroupState:
         """
         self._mailbox.copy_(self.skipped.tensor, non_blocking=True)
         return bool(self._mailbox.numpy() > self._skips_before)
+
+    def count(self) -> Number:
+        """The steps taken, to compute with: a tensor is not of integers, whose powers would be of float32."""
+        steps = self.steps.get()
+        return steps.to(self.last_lr.tensor.dtype) if is_tensor(steps) else steps
 
     def has_moments(self, group: dict[str, Any]) -> bool:
         """Whether there are moments of the dtype that the group asks for."""
@@ -120,14 +126,15 @@ class GroupState:
             BASES[group["base"]](self.flat.shapes, self.extras).start_()
 
     def _put_together(self, group: dict[str, Any]) -> None:
-        """Makes `operator` and `scale` of the present tensors."""
+        """Makes `operator` and `scale` of the present tensors, of whose memory they have views."""
+        self._places = {name: tensor.data_ptr() for name, tensor in self.extras.items()}
         table = self.extras.get("scale")
         self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths)
         self.operator = self.preconditioner
         if group["base"] is not None or self.scale is not None:
             kind = None if group["base"] is None else BASES[group["base"]]
             base = None if kind is None else kind(self.flat.shapes, self.extras)
-            self.operator = Composite(self.preconditioner, base, self.scale, self.steps.get())
+            self.operator = Composite(self.preconditioner, base, self.scale, self.count())
 
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""
@@ -141,6 +148,8 @@ class GroupState:
         if self.momentum.dtype != kept_dtype(group["momentum_dtype"], self.flat.dtype):
             return False
         if not self.flat.fits(params) or any(entry.get(name) is not value for name, value in self.kept.items()):
+            return False
+        if any(self.extras[name].data_ptr() != place for name, place in self._places.items()):
             return False
         first = self.momentum.data_ptr()
         return all(
