@@ -155,6 +155,7 @@ class LODO(Optimizer):
                 group[name] = float(group[name])  # NumPy's numbers would not pass torch.load(weights_only=True)
         try:
             check_parameters(group["params"])
+            state.check_base(group)
             if learned is not None:
                 self._keep(group, state.start(group, learned))
         except Exception:

@@ -237,6 +237,18 @@ def base_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return BASES[group["base"]].tensor_shapes(size, [local(p).shape for p in group["params"]])
 
 
+def check_base(group: dict[str, Any]) -> None:
+    """Refuses a base preconditioner that cannot be kept for shards: of factors their sizes would differ by rank.
+
+    Raises:
+        ValueError: for "soap" on sharded parameters.
+    """
+    if group["base"] == "soap" and Sharding.of(group["params"]) is not None:
+        raise ValueError(
+            "base must be None or 'adam' for sharded parameters, whose shards have no factors of their own; got 'soap'"
+        )
+
+
 def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
     """Which of EXTRA_KEYS the options of a group ask for."""
     trace = ("trace",) if group["trace"] > 0 else ()
