@@ -5,7 +5,7 @@ any other hyperparameter: none at all is best to track a moving minimum, much of
 softmax of u_j on tensor j, are judged as theta is, by the gradient where the last step landed:
 
     h_jb = -d/du_jb <g, G m> = -w_jb (c_jb - sum_b' w_jb' c_jb'),    c_jb = <(G g)_j, (m_b)_j>
-    u_jb <- u_jb - min(mix_lr, DRIFT / t) * Adam's normalised h_jb
+    u_jb <- u_jb - min(mix_lr, DRIFT / t) * Adam's normalised h_jb        (`lodo.meta.descend_`)
 
 All m_b are corrected for their start at zero.
 """
@@ -15,12 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lodo.meta import BETA1, BETA2
-from lodo.scalars import Number
-from lodo.scale import TINY, bounded
+from lodo import meta
+from lodo.scalars import Number, is_tensor
 
 FIRST_SHARE = 0.9  # of the decay nearest to `beta`, at the start; the others share the rest
-ROWS = 3  # of the table that is kept: the u_jb, and the first and second moments of Adam
 
 
 class Mixture:
@@ -54,23 +52,16 @@ class Mixture:
             steps: taken, the one that is being made included.
             active: whether to.
         """
-        u, exp_avg, exp_avg_sq = self.table
         before = steps - 1 + (steps < 2)
         parts = (self.momenta * step).split(self._lengths, dim=1)
-        c = torch.stack([part.sum(1) for part in parts], dim=1).to(u.dtype)
-        c = c / self._corrections(before)[:, None]
-        c.nan_to_num_(0.0, 0.0, 0.0)
-        w = u.softmax(0)
-        h = -w * (c - (w * c).sum(0))
-        t = steps + (steps < 1)
-        exp_avg.lerp_(h, active * (1 - BETA1))
-        exp_avg_sq.lerp_(h * h, active * (1 - BETA2))
-        root = torch.sqrt(exp_avg_sq / (1 - BETA2**t)).add_(TINY)
-        fall = (exp_avg / (1 - BETA1**t)).div_(root)
-        u.sub_(fall.mul_(active * bounded(mix_lr, t)))
+        c = torch.stack([part.sum(1) for part in parts], dim=1).to(self.table.dtype)
+        c = (c / self._corrections(before)[:, None]).nan_to_num_(0.0, 0.0, 0.0)
+        w = self.table[0].softmax(0)
+        meta.descend_(self.table, -w * (c - (w * c).sum(0)), mix_lr, steps, active)
 
     def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number) -> None:
         """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,)."""
+        active = active.to(m.dtype) if is_tensor(active) else active
         for momentum, beta in zip(self.momenta, self._decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
         w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]

@@ -164,6 +164,7 @@ class LODO(Optimizer):
             group["decays"] = tuple(map(float, group["decays"]))
         try:
             check_parameters(group["params"])
+            state.check_base(group)
             if learned is not None:
                 self._keep(group, state.start(group, learned))
         except Exception:
@@ -327,7 +328,7 @@ class LODO(Optimizer):
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
         momentum = live.momentum.to(live.flat.dtype)
         live.steps.set(live.steps.get() + active)
-        steps = live.steps.get()
+        steps = live.count()
         learning = active
         if group["meta_every"] > 1:
             learning = active & (steps % group["meta_every"] == 0)

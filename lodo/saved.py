@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lodo.flat import computed_dtype
+from lodo.options import ADDED
 from lodo.preconditioners import BY_NAME
 from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1
 from lodo.state import (
@@ -164,7 +165,7 @@ def check_saved(saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             # The saved options will replace the present ones, so they have to describe the saved network too.
             described = {**group, **saved_group, "params": group["params"]}
             _check_group(f"param group {index}", entries, described)
-            _check_values(f"param group {index}", entries, described)
+            _check_values(f"param group {index}", entries, described, {**ADDED, **saved_group})
 
 
 def amended(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
@@ -276,8 +277,13 @@ def _check_kind(where: str, entry: dict[str, Any]) -> None:
         check_tensor(f"{where}: shards", entry["shards"], (1,), (torch.int64,))
 
 
-def _check_values(where: str, entries: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """Refuses numbers that only a diverged training leaves, and names that nothing reads, in a state that fits."""
+def _check_values(
+    where: str, entries: list[dict[str, Any]], group: dict[str, Any], saved_options: dict[str, Any]
+) -> None:
+    """Refuses numbers that only a diverged training leaves, and names that nothing reads, in a state that fits.
+
+    `saved_options` tell what the state must have; options that there were not yet can be asked for now.
+    """
     first = _first(entries)
     for number, entry in enumerate(entries):
         what = f"{where}, parameter {number}"
@@ -296,9 +302,12 @@ def _check_values(where: str, entries: list[dict[str, Any]], group: dict[str, An
     for name in ("meta_step", "skipped", "steps"):
         if name in kept:
             check_numbers(f"{where}: {name}", kept[name], 0, whole=True)
-    if missing := [name for name in extras_of(group) if name not in kept]:
+    for name in ("scale", "mixture"):
+        if name in kept:
+            check_numbers(f"{where}: the second moments in {name}", kept[name][-1], 0)
+    if missing := [name for name in extras_of(saved_options) if name not in kept]:
         raise ValueError(
-            f"{where}: {', '.join(missing)} missing in the saved state, which its base, trace or scale_lr ask for"
+            f"{where}: {', '.join(missing)} missing in the saved state, which its base, trace, scale_lr or decays ask for"
         )
     is_adam = group["meta_optimizer"] == "adam" and group["meta_lr"] > 0
     if is_adam and MOMENT_KEYS[0] not in kept and int(kept["meta_step"]) > 0:

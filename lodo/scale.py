@@ -5,26 +5,16 @@ s_j is judged by all the steps that lately were taken, not by the last one alone
     E <- scale_trace E + (what the last step subtracted from the parameters)
     h_j = -<g_j, E_j>,    s_j <- s_j - min(scale_lr, DRIFT / t) * Adam's normalised h_j
 
-h_j is the derivative with respect to s_j of the loss where the steps have led, each counted by its age, if G mixes no
-tensors; if it does, the effect of a tensor's gradient on the others' steps counts for them. A scale learned from the
-last step alone would fall too early under noise (short-horizon bias). DRIFT bounds how far a scale moves in the time
-that a training takes to grow e times as long: the steps in E go on blaming a scale for a while after it has changed.
+(`lodo.meta.descend_`). h_j is the derivative with respect to s_j of the loss where the steps have led, each counted by
+its age, if G mixes no tensors; if it does, the effect of a tensor's gradient on the others' steps counts for them. A
+scale learned from the last step alone would fall too early under noise (short-horizon bias).
 """
 
 import torch
 from torch import Tensor
 
-from lodo.meta import BETA1, BETA2
+from lodo import meta
 from lodo.scalars import Number, is_tensor
-
-DRIFT = 5.0
-TINY = 1e-30
-ROWS = 3  # of the table that is kept: the s_j, and the first and second moments of Adam
-
-
-def bounded(rate: float, t: Number) -> Number:
-    """min(rate, DRIFT / t), t a number of steps."""
-    return torch.clamp(DRIFT / t, max=rate) if is_tensor(t) else min(rate, DRIFT / t)
 
 
 class Scale:
@@ -49,19 +39,13 @@ class Scale:
             steps: taken, the one that is being made included.
             active: whether to.
         """
-        log_scale, exp_avg, exp_avg_sq = self.table
         pairs = zip(g.split(self._lengths), self._parts, strict=True)
-        h = torch.stack([torch.dot(part, move) for part, move in pairs]).to(self.table.dtype).neg_()
-        h.nan_to_num_(0.0, 0.0, 0.0)  # of numbers that are large but finite the product may overflow
-        t = steps + (steps < 1)
-        exp_avg.lerp_(h, active * (1 - BETA1))
-        exp_avg_sq.lerp_(h * h, active * (1 - BETA2))
-        root = torch.sqrt(exp_avg_sq / (1 - BETA2**t)).add_(TINY)
-        fall = (exp_avg / (1 - BETA1**t)).div_(root)
-        log_scale.sub_(fall.mul_(active * bounded(scale_lr, t)))
+        h = torch.stack([torch.dot(part, move) for part, move in pairs]).neg_()
+        meta.descend_(self.table, h, scale_lr, steps, active)
 
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""
+        active = active.to(step.dtype) if is_tensor(active) else active
         self.moves.mul_(1 - active * (1 - trace)).add_(step)
 
     def multiply_(self, vector: Tensor) -> None:

@@ -27,12 +27,11 @@ from lodo import kernels, meta
 from lodo.bases import BASES
 from lodo.composite import Composite
 from lodo.flat import FlatParameters
-from lodo.mixture import ROWS as MIXTURE_ROWS
 from lodo.mixture import Mixture
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import kept_dtype
-from lodo.scalars import Cell
-from lodo.scale import ROWS, Scale
+from lodo.scalars import Cell, Number, is_tensor
+from lodo.scale import Scale
 from lodo.sharding import Sharding, local, rank_of_fsdp1, shown_as
 
 FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
@@ -75,6 +74,7 @@ class GroupState:
     kept_momentum: list[Tensor] = field(init=False, default_factory=list)
     # The DTensors among them, with the tensors of this rank that they are made of.
     _shown: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+    _places: dict[str, int] = field(init=False, default_factory=dict)  # where the extras lie in memory
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()
@@ -93,6 +93,11 @@ class GroupState:
         """
         self._mailbox.copy_(self.skipped.tensor, non_blocking=True)
         return bool(self._mailbox.numpy() > self._skips_before)
+
+    def count(self) -> Number:
+        """The steps taken, to compute with: a tensor is not of integers, whose powers would be of float32."""
+        steps = self.steps.get()
+        return steps.to(self.last_lr.tensor.dtype) if is_tensor(steps) else steps
 
     def has_moments(self, group: dict[str, Any]) -> bool:
         """Whether there are moments of the dtype that the group asks for."""
@@ -130,7 +135,8 @@ class GroupState:
         return Mixture(self.extras["momenta"], self.extras["mixture"], group["decays"], self.flat.lengths)
 
     def _put_together(self, group: dict[str, Any]) -> None:
-        """Makes `operator` and `scale` of the present tensors."""
+        """Makes `operator` and `scale` of the present tensors, of whose memory they have views."""
+        self._places = {name: tensor.data_ptr() for name, tensor in self.extras.items()}
         table = self.extras.get("scale")
         self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths)
         self.mixture = None if group["decays"] is None else self._mixture(group)
@@ -138,7 +144,7 @@ class GroupState:
         if group["base"] is not None or self.scale is not None:
             kind = None if group["base"] is None else BASES[group["base"]]
             base = None if kind is None else kind(self.flat.shapes, self.extras)
-            self.operator = Composite(self.preconditioner, base, self.scale, self.steps.get())
+            self.operator = Composite(self.preconditioner, base, self.scale, self.count())
 
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""
@@ -152,6 +158,8 @@ class GroupState:
         if self.momentum.dtype != kept_dtype(group["momentum_dtype"], self.flat.dtype):
             return False
         if not self.flat.fits(params) or any(entry.get(name) is not value for name, value in self.kept.items()):
+            return False
+        if any(self.extras[name].data_ptr() != place for name, place in self._places.items()):
             return False
         first = self.momentum.data_ptr()
         return all(
@@ -225,7 +233,7 @@ def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     indices = {} if permutations is None else {"permutations": permutations}
     extras = {
         "trace": (size,),
-        "scale": (ROWS, len(group["params"])),
+        "scale": (meta.ROWS, len(group["params"])),
         "moves": (size,),
         **mixture_shapes(size, group),
         **base_shapes(size, group),
@@ -238,7 +246,7 @@ def mixture_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...
     if group["decays"] is None:
         return {}
     count = len(group["decays"])
-    return {"momenta": (count, size), "mixture": (MIXTURE_ROWS, count, len(group["params"]))}
+    return {"momenta": (count, size), "mixture": (meta.ROWS, count, len(group["params"]))}
 
 
 def base_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -246,6 +254,18 @@ def base_shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if group["base"] is None:
         return {}
     return BASES[group["base"]].tensor_shapes(size, [local(p).shape for p in group["params"]])
+
+
+def check_base(group: dict[str, Any]) -> None:
+    """Refuses a base preconditioner that cannot be kept for shards: of factors their sizes would differ by rank.
+
+    Raises:
+        ValueError: for "soap" on sharded parameters.
+    """
+    if group["base"] == "soap" and Sharding.of(group["params"]) is not None:
+        raise ValueError(
+            "base must be None or 'adam' for sharded parameters, whose shards have no factors of their own; got 'soap'"
+        )
 
 
 def extras_of(group: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from torch import Tensor
 import lodo
 from lodo.preconditioners import Preconditioner
 
-KINDS = ("block_permutation", "residual", "diagonal", "scalar")
+KINDS = ("block_permutation", "residual", "diagonal", "scalar", "log_diagonal")
+"""Those that learn; "identity" has nothing to."""
 
 
 def learned(g: Preconditioner) -> Tensor:
@@ -17,6 +18,8 @@ def learned(g: Preconditioner) -> Tensor:
         return g.blocks
     if isinstance(g, lodo.Residual):
         return g.diagonals
+    if isinstance(g, lodo.LogDiagonal):
+        return g.log_weight
     assert isinstance(g, lodo.Diagonal | lodo.Scalar)
     return g.weight
 
@@ -30,6 +33,8 @@ def matvec(g: Preconditioner, theta: Tensor, v: Tensor) -> Tensor:
     """The operator times v with `theta` (paper's layout) in place of what it has learned."""
     if isinstance(g, lodo.Diagonal | lodo.Scalar):
         return theta * v
+    if isinstance(g, lodo.LogDiagonal):
+        return theta.exp() * v
     assert isinstance(g, lodo.BlockPermutation | lodo.Residual)
     is_block = isinstance(g, lodo.BlockPermutation)
     indices = g.permutations

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from lodo import meta
-from lodo.preconditioners import BY_NAME, Preconditioner
+from lodo.bases import BASES
+from lodo.composite import Composite
+from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import random_words, to_bfloat16
+from lodo.scale import Scale
 from lodo.step import lodo_step, shorten_
 
 Gradients = Sequence[Tensor | None]
@@ -26,6 +29,7 @@ class Replay:
         values: what the parameters must be.
         options: of the group, complete, lr a plain float.
         network, momentum, moments: None before the first call with a gradient.
+        extras: what trace, base and scale keep, by the names it has in the optimizer's state.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Replay:
         self.network: Preconditioner | None = None
         self.momentum: Tensor | None = None
         self.moments: meta.Moments | None = None
+        self.extras: dict[str, Tensor] = {}
         self.steps = self.meta_step = self.skipped = 0
         self.last_lr = 0.0
         if learned is not None:
@@ -70,6 +75,36 @@ class Replay:
             moments = meta.start_moments(self.network.theta) if self.moments is None else self.moments
             self.moments = (moments[0].to(self.kept("meta_state_dtype")), moments[1].to(self.kept("meta_state_dtype")))
 
+        for name in self.extras.keys() - {"scale"}:
+            self.extras[name] = self.extras[name].to(self.dtype)
+        missing = self.missing()
+        for name in missing:
+            dtype = torch.float64 if name == "scale" else self.dtype
+            self.extras[name] = torch.zeros(self.shapes()[name], dtype=dtype)
+        if "trace" in missing:
+            self.extras["trace"].copy_(self.momentum)
+        if "base_exp_avg_sq" in missing:
+            BASES[self.options["base"]]([value.shape for value in self.values], self.extras).start_()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the extras that the options ask for."""
+        options, n = self.options, self.size
+        found: dict[str, tuple[int, ...]] = {"trace": (n,)} if options["trace"] > 0 else {}
+        if options["base"] is not None:
+            found |= BASES[options["base"]].tensor_shapes(n, [value.shape for value in self.values])
+        return {**found, "scale": (3, len(self.values)), "moves": (n,)} if options["scale_lr"] > 0 else found
+
+    def missing(self) -> list[str]:
+        return [name for name in self.shapes() if name not in self.extras]
+
+    def operator(self, steps: Any) -> Operator:
+        """G / lr of the last step."""
+        assert self.network is not None
+        lengths, shapes = [value.numel() for value in self.values], [value.shape for value in self.values]
+        base = None if self.options["base"] is None else BASES[self.options["base"]](shapes, self.extras)
+        scale = Scale(self.extras["scale"], self.extras["moves"], lengths) if "scale" in self.extras else None
+        return self.network if base is None and scale is None else Composite(self.network, base, scale, steps)
+
     def flat(self, tensors: Gradients) -> Tensor:
         parts = zip(tensors, self.values, strict=True)
         return torch.cat([(torch.zeros_like(v) if t is None else t).reshape(-1).to(self.dtype) for t, v in parts])
@@ -83,25 +118,36 @@ class Replay:
         assert self.network is not None
         assert self.momentum is not None
         momentum = self.momentum.to(self.dtype, copy=True)
+        operator = self.operator(number(float(self.steps)))
         self.steps += 1
+        steps = number(float(self.steps))
         learning = self.steps % options["meta_every"] == 0
         self.meta_step += learning and options["meta_lr"] > 0
         moments = self.moments if self.uses_moments else None
-        scalars = [number(value) for value in (self.meta_step, self.last_lr, lr, True, learning)]
-        chosen = {name: options[name] for name in ("beta", "meta_lr", "meta_optimizer", "max_condition")}
-        step = lodo_step(gradient, momentum, self.network, moments, *scalars, **chosen)
+        if options["base"] is not None:
+            lr = number(lr) / (1 - options["beta"] ** steps)
+        if isinstance(operator, Composite) and operator.scale is not None:
+            operator.scale.learn_(gradient, options["scale_lr"], steps, number(True))
+        scalars = [number(value) for value in (self.meta_step, self.last_lr, float(lr), True, learning)]
+        chosen = {name: options[name] for name in ("beta", "meta_lr", "meta_optimizer", "max_condition", "trace")}
+        chosen |= {"e": self.extras.get("trace"), "steps": steps}
+        step = lodo_step(gradient, momentum, operator, moments, *scalars, **chosen)
         words = random_words(0, self.size, -self.steps, gradient.device)
         self.momentum = to_bfloat16(momentum, words) if options["momentum_dtype"] == "bfloat16" else momentum
-        self.last_lr = lr
+        self.last_lr = lr = float(lr)
+        moved = self.flat([None if gradient is None else torch.ones_like(gradient) for gradient in gradients])
         if options["max_step_norm"] is not None:
             given = zip(self.values, gradients, strict=True)
             x = self.flat([None if gradient is None else value for value, gradient in given])
-            step *= self.flat([None if gradient is None else torch.ones_like(gradient) for gradient in gradients])
+            step *= moved
             factor, is_finite = shorten_(step, x, options["max_step_norm"])
             self.last_lr = lr * float(factor)
             self.skipped += not is_finite
+        if isinstance(operator, Composite) and operator.scale is not None:
+            step *= moved
+            operator.scale.record_(step, options["scale_trace"], number(True))
         if options["weight_decay"]:
-            step += self.flat(self.values) * (lr * options["weight_decay"])
+            step += self.flat(self.values) * (options["lr"] * options["weight_decay"])
         parts = step.split([value.numel() for value in self.values])
         for value, gradient, part in zip(self.values, gradients, parts, strict=True):
             if gradient is not None:

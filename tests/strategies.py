@@ -45,7 +45,7 @@ layouts = st.sampled_from(LAYOUTS)
 wide_dtypes = st.sampled_from((torch.float32, torch.float64))
 
 
-def architectures(kinds: tuple[str, ...] = KINDS) -> st.SearchStrategy[dict[str, Any]]:
+def architectures(kinds: tuple[str, ...] = (*KINDS, "identity")) -> st.SearchStrategy[dict[str, Any]]:
     """The options that describe a network, block sizes beyond the number of parameters and no layers included."""
     return st.fixed_dictionaries(
         {
@@ -74,6 +74,9 @@ RATES: dict[str, st.SearchStrategy[Any]] = {
     "beta": st.sampled_from((0.0, 0.5, 0.9)),
     "weight_decay": st.sampled_from((0.0, 0.1)),
     "meta_optimizer": st.sampled_from(("adam", "sgd")),
+    "trace": st.sampled_from((0.0, 0.5, 0.9)),
+    "scale_lr": st.sampled_from((0.0, 0.01)),
+    "scale_trace": st.sampled_from((0.0, 0.9)),
     "meta_every": st.sampled_from((1, 2, 3)),
     "meta_state_dtype": st.sampled_from((None, "bfloat16")),
     "momentum_dtype": st.sampled_from((None, "bfloat16")),
@@ -88,9 +91,10 @@ def rates() -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional=RATES)
 
 
-def options() -> st.SearchStrategy[dict[str, Any]]:
+def options(bases: tuple[str | None, ...] = (None, None, "adam", "soap")) -> st.SearchStrategy[dict[str, Any]]:
     """All the options of a param group but for lr."""
-    return st.builds(dict.__or__, architectures(), rates()).map(possible)
+    base = st.fixed_dictionaries({"base": st.sampled_from(bases)})
+    return st.builds(lambda *parts: possible({**parts[0], **parts[1], **parts[2]}), architectures(), base, rates())
 
 
 def possible(options: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +162,9 @@ def network(kind: str, size: int, options: dict[str, Any], seed: int, dtype: tor
     if kind == "residual":
         theta[:-1] /= max(1, len(theta) - 1) ** 0.5
         return lodo.Residual(theta, permutations(len(theta) - 1, shape[1]), size)
-    return lodo.Diagonal(theta) if kind == "diagonal" else lodo.Scalar(theta, size)
+    if kind in ("scalar", "identity"):
+        return lodo.Scalar(theta, size) if kind == "scalar" else lodo.Identity(size, dtype)
+    return lodo.Diagonal(theta) if kind == "diagonal" else lodo.LogDiagonal(theta)
 
 
 @st.composite

@@ -25,7 +25,7 @@ import lodo
 from lodo import scalars
 
 KERNELS = (*draw.KERNELS, "scalars on the device")
-ARCHITECTURE = ("preconditioner", "depth", "block_size", "expansion", "permutation", "seed")
+ARCHITECTURE = ("preconditioner", "depth", "block_size", "expansion", "permutation", "base", "seed")
 COUNTS: Counter[str] = Counter()
 
 which = st.integers(0, 3)
@@ -258,15 +258,22 @@ class CallOrders(RuleBasedStateMachine):
             assert (g is None) == (group.network is None)
             if group.network is not None:
                 group.prepare()
-                assert repr(g) == repr(group.network)
+                assert repr(g) == repr(group.operator(group.steps))
         assert self.optimizer.skipped_steps == max(group.skipped for group in self.groups)
         assert "LODO" in repr(self.optimizer)
+
+    def saved(self) -> dict[str, Any]:
+        """The state dict. To save is to start what options ask for and is not there yet."""
+        for group in self.groups:
+            if group.network is not None and (group.missing() or (group.uses_moments and group.moments is None)):
+                group.prepare()
+        return self.optimizer.state_dict()
 
     @rule(is_file=st.booleans())
     def resume(self, is_file: bool) -> None:
         """In another optimizer, on copies of the parameters. Those it came from must not change any more."""
         COUNTS["resumes"] += 1
-        saved = self.optimizer.state_dict()
+        saved = self.saved()
         self.keep([[p.detach() for p in own] for own in self.params])
         self.keep(saved)
         if is_file:
@@ -287,11 +294,15 @@ class CallOrders(RuleBasedStateMachine):
     def copy_all(self, how: Any) -> None:
         COUNTS["copies"] += 1
         self.keep([[p.detach() for p in own] for own in self.params])
-        self.keep(self.optimizer.state_dict())
+        self.keep(self.saved())
         self.params, self.optimizer = how((self.params, self.optimizer))
         self.scheduler = None
 
-    @rule(name=st.sampled_from(("theta", "theta_exp_avg", "momentum", "last_lr", "steps")))
+    @rule(
+        name=st.sampled_from(
+            ("theta", "theta_exp_avg", "momentum", "last_lr", "steps", "trace", "base_factors", "scale", "moves")
+        )
+    )
     def replace_state(self, name: str) -> None:
         """By copies, as whoever moves it elsewhere and back does."""
         for entry in self.optimizer.state.values():
@@ -300,7 +311,7 @@ class CallOrders(RuleBasedStateMachine):
 
     @rule()
     def remember(self) -> None:
-        state = copy.deepcopy(self.optimizer.state_dict())
+        state = copy.deepcopy(self.saved())
         self.keep(state)
         self.snapshot = (state, copy.deepcopy(self.groups))
 
@@ -351,6 +362,7 @@ class CallOrders(RuleBasedStateMachine):
             "last_lr": group.last_lr,
         }
         expected = {name: tensor for name, tensor in expected.items() if tensor is not None}
+        expected.update(group.extras)
         assert entries[0].keys() == {"momentum", "format", *expected, *counts}
         assert all(entry.keys() == {"momentum"} for entry in entries[1:])
         for name, tensor in expected.items():

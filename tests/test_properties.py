@@ -60,6 +60,8 @@ def test_every_network_is_a_symmetric_matrix_and_the_promised_ones_are_positive(
         if isinstance(g, lodo.Diagonal | lodo.Scalar):
             assert torch.equal(dense, torch.diag(g.weight.expand(g.size)))
             return
+        if isinstance(g, lodo.LogDiagonal):
+            assert torch.equal(dense, torch.diag(g.log_weight.exp()))
         if isinstance(g, lodo.Residual):
             with_positive = torch.cat((g.diagonals[:-1], g.diagonals[-1:].abs()))
             dense = lodo.Residual(with_positive, g.permutations, g.size).to_dense()
@@ -137,7 +139,7 @@ def test_what_a_network_is_made_of_is_copied(g, is_numpy, layout, index):
         assume(index != torch.uint8 or g.permutations.shape[1] <= 256)
         given.append(draw.laid_out(g.permutations.to(index), layout))
     before = copy.deepcopy(given)
-    sizes = () if isinstance(g, lodo.Diagonal) else (g.size,)
+    sizes = () if isinstance(g, lodo.Diagonal | lodo.LogDiagonal) else (g.size,)
     other = type(g)(*(tensor.numpy() if is_numpy else tensor for tensor in given), *sizes)
     assert torch.equal(
         other.to_dense(), type(g)(learned(g), *(tensor.long() for tensor in given[1:]), *sizes).to_dense()
@@ -175,12 +177,14 @@ def test_a_vector_may_be_of_any_dtype_and_layout_and_is_not_written(g, kernel, d
 
 @given(
     plans=LENGTHS,
-    options=draw.options(),
+    options=draw.options(bases=(None, "adam")),
     dtype=draw.wide_dtypes,
     kernel=draw.kernels,
 )
 def test_parameters_of_a_group_are_one_vector(plans, options, dtype, kernel):
-    """However it is cut into tensors and whatever their layouts: the same steps, bit for bit."""
+    """However it is cut into tensors and whatever their layouts: the same steps, bit for bit. But for what there is
+    for each tensor by itself: scales, and eigenbases."""
+    options = {name: value for name, value in options.items() if name != "scale_lr"}
     params = [nn.Parameter(draw.laid_out(plan.make().detach().to(dtype), plan.layout)) for plan in plans]
     whole = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in params]))
     with draw.running(kernel):
@@ -283,6 +287,10 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "block_size": no_integers | st.integers(max_value=0) | st.none(),
     "permutation": st.sampled_from((None, 1, True, ["random"], torch.arange(4))) | words,
     "meta_optimizer": st.sampled_from((None, 1, torch.optim.Adam, ["adam"])) | words,
+    "trace": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
+    "base": st.sampled_from((1, True, [], torch.optim.Adam)) | words,
+    "scale_lr": wrong_numbers | st.just(torch.tensor(0.5)),
+    "scale_trace": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
     "meta_every": no_integers | st.integers(max_value=0) | st.none(),
     "meta_state_dtype": wrong_dtypes,
     "momentum_dtype": wrong_dtypes,
@@ -329,18 +337,19 @@ damages = st.sampled_from((None, "removed", "text", 0, 1, 2, 3, -1, 1.5, True, [
 
 @draw.many
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from((*KINDS, "identity")),
     permutation=st.sampled_from(("random", "shuffle")),
+    parts=st.sampled_from(({}, {"base": "adam", "trace": 0.5}, {"base": "soap", "scale_lr": 0.1, "trace": 0.5})),
     number=st.integers(0, 1),
     key=st.integers(0, 20),
     damage=damages,
 )
 @pytest.mark.filterwarnings("ignore:LODO loaded a state that was saved with another number of shards")
 def test_a_damaged_state_is_refused_and_nothing_changes_or_it_can_be_gone_on_with(
-    kind, permutation, number, key, damage
+    kind, permutation, parts, number, key, damage
 ):
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
-    options = {"preconditioner": kind, "depth": 2, "permutation": permutation}
+    options = {"preconditioner": kind, "depth": 2, "permutation": permutation, **parts}
     optimizer = trained(params, **options)
     saved = copy.deepcopy(optimizer.state_dict())
     entry = saved["state"][number]
