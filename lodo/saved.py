@@ -307,7 +307,7 @@ def _check_values(
             check_numbers(f"{where}: the second moments in {name}", kept[name][-1], 0)
     if missing := [name for name in extras_of(saved_options) if name not in kept]:
         raise ValueError(
-            f"{where}: {', '.join(missing)} missing in the saved state, which its base, trace, scale_lr or decays ask for"
+            f"{where}: {', '.join(missing)} missing in the saved state, which its base, trace, scale_lr or decays need"
         )
     is_adam = group["meta_optimizer"] == "adam" and group["meta_lr"] > 0
     if is_adam and MOMENT_KEYS[0] not in kept and int(kept["meta_step"]) > 0:

@@ -21,8 +21,16 @@ PARTS = {
     "adam": {"base": "adam"},
     "soap": {"base": "soap"},
     "scale": {"scale_lr": 0.05},
-    "all with adam": {"base": "adam", "scale_lr": 0.05, "trace": 0.9},
-    "all with soap": {"base": "soap", "scale_lr": 0.05, "trace": 0.9, "max_step_norm": 0.1, "weight_decay": 0.1},
+    "mixture": {"decays": (0.0, 0.9)},
+    "all with adam": {"base": "adam", "scale_lr": 0.05, "trace": 0.9, "decays": (0.0, 0.9)},
+    "all with soap": {
+        "base": "soap",
+        "scale_lr": 0.05,
+        "trace": 0.9,
+        "max_step_norm": 0.1,
+        "weight_decay": 0.1,
+        "decays": [0.9, 0.0],
+    },
 }
 ALL = {"base": "soap", "scale_lr": 0.05, "trace": 0.9}
 each_part = pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)

@@ -1,0 +1,124 @@
+"""The learned mixture of momenta, against plain forms of its own in float64."""
+
+import pytest
+import torch
+from test_parts import backward, built, entry_of, flat, loss_of, made, trained
+from torch import nn
+
+import lodo
+from lodo import meta
+from lodo.mixture import FIRST_SHARE
+
+DECAYS = (0.0, 0.9, 0.99)
+SHAPES = ((3, 4), (5,), ())
+
+
+def weights(optimizer):
+    """The present ones, (decays, tensors)."""
+    return entry_of(optimizer)["mixture"][0].softmax(0)
+
+
+def mixed(w, momenta, params, steps):
+    """sum_b w_b m_b / (1 - b^t) on each tensor."""
+    corrected = momenta / (1 - torch.tensor(DECAYS, dtype=torch.float64) ** steps)[:, None]
+    parts = corrected.split([p.numel() for p in params], dim=1)
+    return torch.cat([(w[:, j, None] * part).sum(0) for j, part in enumerate(parts)])
+
+
+def test_a_mixture_starts_near_the_momentum_of_beta():
+    _, optimizer = trained(shapes=SHAPES, steps=1, decays=DECAYS, beta=0.92, mix_lr=0.0)
+    rest = (1 - FIRST_SHARE) / 2
+    expected = torch.tensor([rest, FIRST_SHARE, rest], dtype=torch.float64)[:, None].expand(3, 3)
+    torch.testing.assert_close(weights(optimizer), expected)
+
+
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+def test_one_decay_alone_is_the_corrected_momentum(base):
+    one, _ = trained(shapes=SHAPES, steps=20, decays=(0.9,), base=base)
+    other = made(SHAPES)
+    optimizer = lodo.LODO(other, preconditioner="identity", lr=0.05, base=base)
+    for step in range(1, 21):
+        backward(other)
+        if base is None:  # where there is a base LODO corrects by itself
+            optimizer.param_groups[0]["lr"] = 0.05 / (1 - 0.9**step)
+        optimizer.step()
+    torch.testing.assert_close(flat(one), flat(other), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+def test_the_hypergradient_of_the_weights_is_that_of_autograd(kind, base):
+    params, optimizer = trained(kind, SHAPES, steps=7, decays=DECAYS, base=base, scale_lr=0.05, mix_lr=0.05)
+    entry, lr = entry_of(optimizer), optimizer.param_groups[0]["lr"]
+    backward(params)
+    start = flat(params)
+    optimizer.param_groups[0].update(mix_lr=0.0, meta_lr=0.0)
+    optimizer.step()
+    dense = optimizer.preconditioners[0].to_dense()
+    u = entry["mixture"][0].clone().requires_grad_()
+    landed = start - lr * dense @ mixed(u.softmax(0), entry["momenta"].clone(), params, 8)
+    torch.testing.assert_close(landed.detach(), flat(params), rtol=1e-12, atol=1e-12)
+    (h,) = torch.autograd.grad(loss_of(landed), u)
+    backward(params)
+    before = entry["mixture"][1].clone()
+    optimizer.step()
+    found = (entry["mixture"][1] - meta.BETA1 * before) / (1 - meta.BETA1)
+    torch.testing.assert_close(found, h, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_move_as_documented():
+    params, optimizer = trained(shapes=SHAPES, steps=4, decays=DECAYS, mix_lr=0.02)
+    entry = entry_of(optimizer)
+    before = entry["mixture"].clone()
+    backward(params)
+    optimizer.step()
+    after = entry["mixture"]
+    fall = after[1] / (1 - meta.BETA1**5) / (after[2] / (1 - meta.BETA2**5)).sqrt()
+    torch.testing.assert_close(after[0], before[0] - 0.02 * fall)
+    late = 1000
+    entry["steps"].fill_(late - 1)
+    optimizer.param_groups[0]["mix_lr"] = 1.0
+    before = entry["mixture"].clone()
+    backward(params)
+    optimizer.step()
+    fall = after[1] / (1 - meta.BETA1**late) / (after[2] / (1 - meta.BETA2**late)).sqrt()
+    torch.testing.assert_close(after[0], before[0] - meta.DRIFT / late * fall)
+
+
+def test_a_mixture_learns_to_do_without_momentum_and_to_use_much_of_it():
+    """A minimum that jumps at every step wants the last gradient alone; a still one under noise wants a mean."""
+
+    def share_of(lr, noise, walk):
+        generator = torch.Generator().manual_seed(0)
+        x = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+        center = torch.zeros(20, dtype=torch.float64)
+        optimizer = lodo.LODO([x], lr=lr, preconditioner="identity", decays=(0.0, 0.95), mix_lr=0.02)
+        for _ in range(800):
+            center += walk * torch.randn(20, generator=generator, dtype=torch.float64)
+            x.grad = x.detach() - center + noise * torch.randn(20, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        return float(weights(optimizer)[0])
+
+    assert share_of(lr=0.2, noise=0.0, walk=1.0) > 0.8
+    assert share_of(lr=1.0, noise=1.0, walk=0.0) < 0.2
+
+
+@pytest.mark.parametrize("value", [(), 0.9, "0.9", (0.9, 1.0), (-0.1,), (0.9, "a"), [None]])
+def test_bad_decays_are_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"decays must be None or a tuple|every one of decays must be a number"):
+        built(shapes=SHAPES, decays=value)
+
+
+def test_a_state_of_other_decays_is_refused():
+    _, saved = trained(shapes=SHAPES, decays=DECAYS)
+    for decays in (None, (0.0, 0.9)):
+        _, optimizer = built(shapes=SHAPES, decays=decays)
+        with pytest.raises(ValueError, match="the saved state is of decays"):
+            optimizer.load_state_dict(saved.state_dict())
+        assert not optimizer.state
+
+
+def test_decays_may_be_a_list_as_yaml_gives_it():
+    one, _ = trained(shapes=SHAPES, decays=list(DECAYS))
+    other, _ = trained(shapes=SHAPES, decays=DECAYS)
+    assert torch.equal(flat(one), flat(other))
