@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import lodo
 
 LEAN = {"depth": 4, "expansion": 1}
+PARTS = {"preconditioner": "log_diagonal", "base": "adam", "scale_lr": 0.05, "trace": 0.9}
 OPTIONS = {"lr": 0.1, "meta_lr": 1e-2, "weight_decay": 0.01}
 
 
@@ -101,6 +102,11 @@ def fsdp_run(**options):
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "preconditioner": "diagonal"}]
     settings = {"meta_every": 3, "meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16", **options}
     return model, lodo.LODO(groups, **OPTIONS, **settings)
+
+
+def parts_run():
+    model = fsdp()
+    return model, lodo.LODO(model.parameters(), **OPTIONS, **PARTS)
 
 
 def hsdp_run():

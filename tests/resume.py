@@ -23,6 +23,9 @@ CASES: dict[str, dict[str, Any]] = {
     "scheduled": {"scheduled": True},
     "bfloat16_state": {"meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
     "every_third": {"meta_every": 3, "dtype": torch.float64, "meta_state_dtype": "bfloat16"},  # saved in mid-period
+    "adam_scaled": {"base": "adam", "scale_lr": 0.05, "trace": 0.9, "preconditioner": "log_diagonal"},
+    "soap_scaled": {"base": "soap", "scale_lr": 0.05, "trace": 0.9, "momentum_dtype": "bfloat16"},
+    "identity_bfloat16": {"base": "soap", "preconditioner": "identity", "dtype": torch.bfloat16},
     "bounded": {"max_step_norm": 0.02, "max_condition": 1.2},
 }
 STEPS = 8

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from distributed_runs import (
     LEAN,
     OPTIONS,
+    PARTS,
     assert_same,
     assert_same_shards,
     everything,
@@ -62,7 +63,7 @@ def test_ddp_replicas_stay_bit_identical(world):
 def ddp_with_settings(steps):
     """In float32, where rounding would tell, with every kind of state that depends on counts."""
     settings = {"meta_every": 2, "meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16", **LEAN}
-    return ddp_steps(steps, torch.float32), ddp_steps(steps, torch.float32, **settings)
+    return [ddp_steps(steps, torch.float32, **each) for each in ({}, settings, PARTS, {**PARTS, "base": "soap"})]
 
 
 def ddp_with_a_nan():
@@ -156,17 +157,19 @@ def test_fsdp_is_a_separate_optimizer_for_each_shard(world):
         {"dtype": torch.bfloat16},
         {"dtype": torch.float64, "maximize": True},
         {"meta_lr": 0.0},
+        PARTS,
+        {**PARTS, "preconditioner": "identity", "max_step_norm": 0.1},
     ]
     run(world, fsdp_and_twin, cases)
 
 
-def one_rank_has_nothing(kind):
+def one_rank_has_nothing(kind, base):
     """One row on two ranks: all that the second has is empty, and it keeps the same entries of the state, of the same
     sizes, so that ranks can exchange them."""
     torch.manual_seed(0)
     model = fully_shard(nn.Linear(5, 1))
-    optimizer = lodo.LODO(model.parameters(), preconditioner=kind, **OPTIONS)
-    twin = Twin(model.parameters(), preconditioner=kind, **OPTIONS)
+    options = {**OPTIONS, "preconditioner": kind, "base": base, "trace": 0.5, "scale_lr": 0.01}
+    optimizer, twin = lodo.LODO(model.parameters(), **options), Twin(model.parameters(), **options)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(4, 5)).square().mean().backward()
@@ -185,7 +188,7 @@ def one_rank_has_nothing(kind):
 
 
 def nothing_for_each_kind():
-    return [one_rank_has_nothing(kind) for kind in KINDS]
+    return [one_rank_has_nothing(kind, base) for base in (None, "adam") for kind in (*KINDS, "identity")]
 
 
 def test_a_rank_may_have_nothing_of_a_group():
@@ -219,6 +222,12 @@ def mixtures():
     for group in ([plain, rows], [replicated, rows]):
         with pytest.raises(ValueError, match="make one group for each"):
             lodo.LODO(group)
+    optimizer = lodo.LODO([plain], base="soap")
+    for refused in (lambda: lodo.LODO([rows], base="soap"), lambda: optimizer.add_param_group({"params": [rows]})):
+        with pytest.raises(ValueError, match="base must be None or 'adam' for sharded parameters"):
+            refused()
+    assert len(optimizer.param_groups) == 1
+    lodo.LODO([replicated], base="soap")
     with pytest.raises(ValueError, match="pending sums"):
         lodo.LODO([nn.Parameter(DTensor.from_local(x, mesh, [Partial()]))])
     with pytest.raises(ValueError, match=r"one of .block_permutation., .* for sharded parameters, got BlockPerm"):

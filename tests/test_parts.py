@@ -186,6 +186,8 @@ def test_an_identity_over_soap_is_soap(case, zeros):
         factors = factors_in(entry_of(optimizer)["base_factors"], sides)
         expected.step(g, 0.05, t, factors)
         basis = dense_basis(shapes, factors)
+        if t > 1:  # the signs too: what a network has learned of a coordinate must go on meaning the same
+            torch.testing.assert_close(basis, dense_basis(shapes, expected.factors), rtol=0, atol=1e-6)
         torch.testing.assert_close(basis.T @ basis, torch.eye(len(g), dtype=torch.float64), rtol=0, atol=1e-13)
         dense = optimizer.preconditioners[0].to_dense()
         size = float(dense.abs().max())
