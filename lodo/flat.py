@@ -36,6 +36,23 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     check_sharding(params)
 
 
+def has_gradients(params: Sequence[Tensor]) -> bool:
+    """Whether any parameter with elements has a gradient. Refuses sparse ones, and parameters without data, before
+    anything has changed."""
+    found = False
+    for p in params:
+        if p.is_meta:
+            raise RuntimeError(
+                "LODO cannot step on parameters without data, got device meta; make the optimizer after `to_empty`, "
+                "which gives a module new parameters unless FSDP2 has sharded them"
+            )
+        if p.grad is not None:
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(f"LODO does not support sparse gradients, got layout {p.grad.layout}")
+            found = found or p.numel() > 0
+    return found
+
+
 def computed_dtype(params: Sequence[Tensor]) -> torch.dtype:
     """The dtype of a group's network: float64 if a parameter is, else float32."""
     return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32

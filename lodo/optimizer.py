@@ -1,6 +1,6 @@
 """The optimizer `lodo.LODO`: arguments, param groups, closure, the call of a step. No mathematics."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import diagnostics, state
-from lodo.flat import Place, check_parameters
+from lodo.flat import Place, check_parameters, has_gradients
 from lodo.notices import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
 from lodo.options import ADDED, CHANGEABLE, FLOATS, check_options
 from lodo.preconditioners import Operator, Preconditioner
@@ -257,7 +257,7 @@ class LODO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [group for group in self.param_groups if _has_gradients(group["params"])]
+        groups = [group for group in self.param_groups if has_gradients(group["params"])]
         for group in groups:
             self._check_changes(group)
         states = [self._group_state(group) for group in groups]
@@ -312,7 +312,7 @@ class LODO(Optimizer):
             return False
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable must be True in every param group for LODO.step to be captured, got False")
-        if not all(self._is_live(group) for group in self.param_groups if _has_gradients(group["params"])):
+        if not all(self._is_live(group) for group in self.param_groups if has_gradients(group["params"])):
             raise RuntimeError(
                 "LODO prepares its state at the first step and at the first one after a load, which cannot be captured "
                 "in a CUDA graph; take at least one step before the capture"
@@ -343,7 +343,7 @@ class LODO(Optimizer):
             live.gradient,
             momentum,
             live.operator,
-            live.moments if _uses_moments(group) else None,
+            live.moments if state.uses_moments(group) else None,
             live.meta_step.get(),
             live.last_lr.get(),
             lr,
@@ -397,7 +397,7 @@ class LODO(Optimizer):
             warn(NOT_WORTH_KEEPING)
         else:
             for group in self.param_groups:
-                if state.lacks(_needed(group), group, self.state):
+                if state.lacks(state.needed(group), group, self.state):
                     self._group_state(group)  # starts it, so that a state that lacks it is known to have lost it
         return super().state_dict()
 
@@ -449,18 +449,18 @@ class LODO(Optimizer):
         live = self._live.get(group["params"][0])
         if live is None or not live.has_stepped or not live.is_bound_to(self.state, group):
             return False
-        return _has_all(group, live)
+        return state.has_all(group, live)
 
     def _group_state(self, group: dict[str, Any]) -> state.GroupState:
         """The live state of a group: kept from the last step, or made from `self.state`, or started."""
         live = self._live.get(group["params"][0])
         if live is not None and live.is_bound_to(self.state, group):
-            return live if _has_all(group, live) else self._keep(group, live)
+            return live if state.has_all(group, live) else self._keep(group, live)
         return self._keep(group, state.bind(group, self.state) if self._has_state(group) else state.start(group))
 
     def _keep(self, group: dict[str, Any], live: state.GroupState) -> state.GroupState:
         self._live.pop(group["params"][0], None)  # what stands in `self.state` counts, should this break off half-way
-        if _uses_moments(group) and not live.has_moments(group):
+        if state.uses_moments(group) and not live.has_moments(group):
             live.start_moments(kept_dtype(group["meta_state_dtype"], live.flat.dtype))
         live.start_extras(group)
         live.publish(self.state, group)
@@ -485,45 +485,13 @@ def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     return {**state_dict, "state": wrap(found, ids)}
 
 
-def _uses_moments(group: dict[str, Any]) -> bool:
-    return bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
-
-
-def _needed(group: dict[str, Any]) -> tuple[str, ...]:
-    """The names of what the group's options ask for beyond what every group has."""
-    moments = state.MOMENT_KEYS if _uses_moments(group) else ()
-    return (*moments, *state.extras_of(group))
-
-
-def _has_all(group: dict[str, Any], live: state.GroupState) -> bool:
-    """Whether there is all that the group's options ask for."""
-    return (not _uses_moments(group) or live.has_moments(group)) and not live.missing_extras(group)
-
-
-def _has_gradients(params: Iterable[Tensor]) -> bool:
-    """Whether any parameter with elements has a gradient. Refuses sparse ones, and parameters without data, before
-    anything has changed."""
-    found = False
-    for p in params:
-        if p.is_meta:
-            raise RuntimeError(
-                "LODO cannot step on parameters without data, got device meta; make the optimizer after `to_empty`, "
-                "which gives a module new parameters unless FSDP2 has sharded them"
-            )
-        if p.grad is not None:
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(f"LODO does not support sparse gradients, got layout {p.grad.layout}")
-            found = found or p.numel() > 0
-    return found
-
-
 def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> list[tuple[Number, Number]]:
     """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not.
 
     Groups that are sharded differently do not: what ranks have in common must not hang on what only one of them sees.
     """
     verdicts = [
-        judge(energy(live.gradient), live.lr.get(), live.flat.dtype, _uses_moments(group))
+        judge(energy(live.gradient), live.lr.get(), live.flat.dtype, state.uses_moments(group))
         for group, live in zip(groups, states, strict=True)
     ]
     together: dict[Place, Number] = {}

@@ -262,7 +262,9 @@ def check_base(group: dict[str, Any]) -> None:
     Raises:
         ValueError: for "soap" on sharded parameters.
     """
-    if group["base"] == "soap" and Sharding.of(group["params"]) is not None:
+    params = group["params"]
+    is_sharded = Sharding.of(params) is not None or (params and rank_of_fsdp1(params) is not None)
+    if group["base"] == "soap" and is_sharded:
         raise ValueError(
             "base must be None or 'adam' for sharded parameters, whose shards have no factors of their own; got 'soap'"
         )
@@ -274,6 +276,21 @@ def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
     base = () if group["base"] is None else BASES[group["base"]].names
     mixture = () if group["decays"] is None else MIXTURE_KEYS
     return (*trace, *base, *(SCALE_KEYS if group["scale_lr"] > 0 else ()), *mixture)
+
+
+def uses_moments(group: dict[str, Any]) -> bool:
+    return bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
+
+
+def needed(group: dict[str, Any]) -> tuple[str, ...]:
+    """The names of what the group's options ask for beyond what every group has."""
+    moments = MOMENT_KEYS if uses_moments(group) else ()
+    return (*moments, *extras_of(group))
+
+
+def has_all(group: dict[str, Any], live: GroupState) -> bool:
+    """Whether there is all that the group's options ask for."""
+    return (not uses_moments(group) or live.has_moments(group)) and not live.missing_extras(group)
 
 
 def _carrier(params: list[Tensor]) -> Tensor:
