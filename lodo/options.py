@@ -132,10 +132,13 @@ def _check_integer(name: str, value: Any, low: int) -> None:
 def _check_decays(value: Any) -> None:
     if value is None:
         return
-    if not isinstance(value, tuple | list) or not value:
-        raise ValueError(f"decays must be None or a tuple of numbers >= 0 and < 1, got {value!r}")
-    for beta in value:
-        _check_number("every one of decays", beta, 0, 1)
+    try:
+        if not isinstance(value, tuple | list) or not value:
+            raise ValueError
+        for decay in value:
+            _check_number("decay", decay, 0, 1)
+    except ValueError:
+        raise ValueError(f"decays must be None or a tuple of numbers >= 0 and < 1, got {value!r}") from None
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:

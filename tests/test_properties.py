@@ -290,6 +290,9 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "trace": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
     "base": st.sampled_from((1, True, [], torch.optim.Adam)) | words,
     "scale_lr": wrong_numbers | st.just(torch.tensor(0.5)),
+    "decays": st.sampled_from(((), [], 0.9, "0.9", (1.0,), (0.5, -0.1), (None,), (True,), [0.9, "a"], np.array([0.9])))
+    | wrong_numbers.map(lambda value: (0.9, value)),
+    "mix_lr": wrong_numbers | st.just(torch.tensor(0.5)),
     "scale_trace": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
     "meta_every": no_integers | st.integers(max_value=0) | st.none(),
     "meta_state_dtype": wrong_dtypes,
