@@ -7,6 +7,9 @@ A base is a factor T (n, n) of G = lr * T^T U^T U T, so that with an untrained U
 
 Q is orthogonal and acts on each tensor by itself: on a matrix X as Q_L X Q_R^T, where the columns of Q_L are the
 eigenvectors of an average of g g^T, those of Q_R of g^T g; on tensors with more dimensions as on (first, all others).
+
+The optimizer computes in the coordinates Q^T x, in which T is diagonal: a gradient is turned into them as it comes in,
+a step is turned back as it goes out, and what is kept in between is turned when Q changes.
 """
 
 from collections.abc import Sequence
@@ -53,17 +56,21 @@ class AdamBase:
         """Q v, shape (n,)."""
         return v
 
-    def learn_(self, g: Tensor, active: Number, steps: Number, rotated: Tensor | None = None) -> None:
+    def learn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
         """Takes a gradient into the statistics: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
 
         Args:
             g: shape (n,).
+            rotated: Q^T g.
+            kept: shape (..., n), vectors in the coordinates of Q, turned in place into those of the Q that comes out.
             active: whether to, 0 or 1.
             steps: that were taken, this one included.
-            rotated: Q^T g, if it is known.
+
+        Returns:
+            Q^T g of the Q that comes out.
         """
-        rotated = g if rotated is None else rotated
         self.exp_avg_sq.lerp_(rotated * rotated, active * (1 - DECAY))
+        return rotated
 
     def root(self, steps: Number) -> Tensor:
         """The diagonal of D^1/2, shape (n,), with v corrected for its start at zero."""
@@ -106,8 +113,8 @@ class SoapBase(AdamBase):
         turned = v.clone()
         for each in self._factored:
             matrix = part = each.of(turned)
-            for side, _, basis, transposed in each.factors:
-                matrix = transposed @ matrix if side == 0 else matrix @ basis
+            for factor in each.factors:
+                matrix = _turned(matrix, factor.side, factor.transposed)
             part.copy_(matrix)
         return turned
 
@@ -115,24 +122,24 @@ class SoapBase(AdamBase):
         turned = v.clone()
         for each in self._factored:
             matrix = part = each.of(turned)
-            for side, _, basis, transposed in each.factors:
-                matrix = basis @ matrix if side == 0 else matrix @ transposed
+            for factor in each.factors:
+                matrix = _turned(matrix, factor.side, factor.basis)
             part.copy_(matrix)
         return turned
 
-    def learn_(self, g: Tensor, active: Number, steps: Number, rotated: Tensor | None = None) -> None:
+    def learn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
         if not active:
-            return
+            return rotated
         is_first = bool(steps == 1)
         is_due = is_first or bool(steps % BASIS_EVERY == 0)
         for each in self._factored:
             matrix = each.of(g)
-            for side, average, basis, _ in each.factors:
-                one, other = (matrix, matrix.T) if side == 0 else (matrix.T, matrix)
-                average.addmm_(one, other, beta=FACTOR_DECAY, alpha=1 - FACTOR_DECAY)
+            for factor in each.factors:
+                one, other = (matrix, matrix.T) if factor.side == 0 else (matrix.T, matrix)
+                factor.average.addmm_(one, other, beta=FACTOR_DECAY, alpha=1 - FACTOR_DECAY)
                 if is_due:
-                    basis.copy_(_eigenbasis(average) if is_first else _improved(average, basis))
-        super().learn_(g, True, steps, self.rotate(g) if rotated is None or is_due else rotated)
+                    each.turn_(kept, factor.side, factor.renew_(is_first))
+        return super().learn_(g, self.rotate(g) if is_due else rotated, kept, True, steps)
 
 
 class _Factor(NamedTuple):
@@ -142,6 +149,13 @@ class _Factor(NamedTuple):
     average: Tensor
     basis: Tensor
     transposed: Tensor
+
+    def renew_(self, is_first: bool) -> Tensor:
+        """Brings the eigenvectors up to date; returns what turns the coordinates of the old ones into theirs."""
+        new = _eigenbasis(self.average) if is_first else _improved(self.average, self.basis)
+        turn = new.T @ self.basis
+        self.basis.copy_(new)
+        return turn
 
 
 class _Factored(NamedTuple):
@@ -153,7 +167,18 @@ class _Factored(NamedTuple):
     factors: list[_Factor]
 
     def of(self, vector: Tensor) -> Tensor:
-        return vector[self.first : self.end].view(self.shape)
+        """The tensor's part of vectors (..., n), as matrices that share their memory."""
+        return vector[..., self.first : self.end].unflatten(-1, self.shape)
+
+    def turn_(self, vectors: Sequence[Tensor], side: int, turn: Tensor) -> None:
+        for vector in vectors:
+            part = self.of(vector)
+            part.copy_(_turned(part, side, turn))
+
+
+def _turned(matrix: Tensor, side: int, turn: Tensor) -> Tensor:
+    """A matrix, or several, with an orthogonal one applied to its columns (side 0) or its rows (side 1)."""
+    return turn @ matrix if side == 0 else matrix @ turn.T
 
 
 def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:

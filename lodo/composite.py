@@ -4,6 +4,8 @@ U is the learned network (`lodo.preconditioners`), D and Q the base precondition
 per tensor (`lodo.scale`). S commutes with Q, which acts on each tensor by itself, so that T = (S D)^1/2 Q^T.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,12 @@ class Composite(Operator):
         network: U^T U.
         base: D and Q; None for the identity.
         scale: S; None for the identity.
+        root: the diagonal of (S D)^1/2, shape (n,).
     """
 
     def __init__(self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: Number) -> None:
         self.network, self.base, self.scale = network, base, scale
         self.size = network.size
-        self._rotated: Tensor | None = None  # Q^T g, kept from line 1 to line 4 of a step
         self._refresh(steps)
 
     @property
@@ -35,38 +37,45 @@ class Composite(Operator):
         return self.network.theta
 
     def whiten(self, v: Tensor) -> Tensor:
-        """T v, shape (n,): the coordinates in which the network acts and learns."""
-        return (v if self.base is None else self.base.rotate(v)) * self._root
+        """T v, shape (n,), for v in the coordinates of the parameters: in these the network acts and learns."""
+        return self.rotate(v) * self.root
+
+    def rotate(self, v: Tensor) -> Tensor:
+        return v if self.base is None else self.base.rotate(v)
+
+    def rotate_back(self, v: Tensor) -> Tensor:
+        return v if self.base is None else self.base.rotate_back(v)
+
+    def balance(self, g: Tensor) -> Tensor:
+        return g if self.scale is None else self.scale.divide(g)
 
     def apply(self, v: Tensor) -> Tensor:
-        u = self.network.apply(self.whiten(v)).mul_(self._root)
-        return u if self.base is None else self.base.rotate_back(u)
+        return self.network.apply(v * self.root).mul_(self.root)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         """As a network's; T is that of the last step until `observe_` is called."""
         if self.theta.numel() > 0:
-            self._rotated = g if self.base is None else self.base.rotate(g)
-            self.network.learn_(self._rotated * self._root, self.whiten(m), lr, moments, rates)
+            self.network.learn_(g * self.root, m * self.root, lr, moments, rates)
 
     def bound_condition_(self, largest: float) -> None:
         self.network.bound_condition_(largest)
 
-    def observe_(self, g: Tensor, active: Number, steps: Number) -> None:
-        """Takes a gradient of shape (n,) into the base, and what the scale has learned into T."""
+    def observe_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
+        """Takes a gradient into the base, and what the scale has learned into T."""
         if self.base is not None:
-            self.base.learn_(g, active, steps, self._rotated)
-            self._rotated = None
+            rotated = self.base.learn_(g, rotated, kept, active, steps)
         self._refresh(steps)
+        return rotated
 
     def _refresh(self, steps: Number) -> None:
-        """(S D)^1/2, shape (n,): computed once a step, used up to five times."""
+        """Computes `root`, once a step."""
         if self.base is not None:
-            self._root = self.base.root(steps)
+            self.root = self.base.root(steps)
         else:
             assert self.scale is not None
-            self._root = torch.ones_like(self.scale.moves)
+            self.root = torch.ones_like(self.scale.moves)
         if self.scale is not None:
-            self.scale.multiply_(self._root)
+            self.scale.multiply_(self.root)
 
     def __repr__(self) -> str:
         base = "None" if self.base is None else repr(self.base.kind)

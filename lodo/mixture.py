@@ -4,7 +4,7 @@ How much momentum is good hangs on the noise and on how the curvature changes, a
 any other hyperparameter: none at all is best to track a moving minimum, much of it in a noisy valley. The weights, a
 softmax of u_j on tensor j, are judged as theta is, by the gradient where the last step landed:
 
-    h_jb = -d/du_jb <g, G m> = -w_jb (c_jb - sum_b' w_jb' c_jb'),    c_jb = <(G g)_j, (m_b)_j>
+    h_jb = -d/du_jb <g, G m> / lr = -w_jb (c_jb - sum_b' w_jb' c_jb'),    c_jb = <(G g)_j, (m_b)_j> / lr
     u_jb <- u_jb - min(mix_lr, DRIFT / t) * Adam's normalised h_jb        (`lodo.meta.descend_`)
 
 All m_b are corrected for their start at zero.
@@ -47,7 +47,8 @@ class Mixture:
         """Moves the weights along the hypergradient.
 
         Args:
-            step: G g of the G that made the last step, g the gradient where it led; shape (n,).
+            step: (G / lr) g of the G that made the last step, g the gradient where it led; shape (n,). lr is left out
+                because a size that all steps have in common tells nothing of the weights.
             mix_lr: the rate, before DRIFT bounds it.
             steps: taken, the one that is being made included.
             active: whether to.

@@ -8,6 +8,9 @@ s_j is judged by all the steps that lately were taken, not by the last one alone
 (`lodo.meta.descend_`). h_j is the derivative with respect to s_j of the loss where the steps have led, each counted by
 its age, if G mixes no tensors; if it does, the effect of a tensor's gradient on the others' steps counts for them. A
 scale learned from the last step alone would fall too early under noise (short-horizon bias).
+
+Scales come to fall by orders of magnitude, and the hypergradients of all else on their tensors with them: against the
+second moment that an inner Adam remembers they would vanish. So network and mixture learn from S^-1 g in place of g.
 """
 
 import torch
@@ -50,9 +53,18 @@ class Scale:
 
     def multiply_(self, vector: Tensor) -> None:
         """S^1/2 times a vector of shape (n,), in place."""
-        roots = torch.exp(0.5 * self.table[0]).to(vector.dtype)
+        self._by(vector, 0.5)
+
+    def divide(self, vector: Tensor) -> Tensor:
+        """S^-1 times a vector of shape (n,)."""
+        vector = vector.clone()
+        self._by(vector, -1.0)
+        return vector
+
+    def _by(self, vector: Tensor, power: float) -> None:
+        factors = torch.exp(power * self.table[0]).to(vector.dtype)
         parts = list(vector.split(self._lengths))
         if vector.device.type == "cpu":
-            torch._foreach_mul_(parts, roots.tolist())
+            torch._foreach_mul_(parts, factors.tolist())
         else:
-            torch._foreach_mul_(parts, list(roots.unbind()))
+            torch._foreach_mul_(parts, list(factors.unbind()))

@@ -18,7 +18,8 @@ Parts that go beyond the paper and can be left out:
   before the last one;
 - a mixture of momenta with learned weights in place of line 3 (see `lodo.mixture`);
 - a base preconditioner and a scale per tensor: then G = lr * T^T U^T U T (see `lodo.composite`), line 1 goes through U
-  in the coordinates T x, and line 4 first takes g into the base.
+  in the coordinates T x, and g is taken into the base before line 3. A base may rotate: g is rotated as it comes in and
+  the step as it goes out, all in between and all that is kept (m, e, the mixture's momenta) is in its coordinates.
 """
 
 import math
@@ -61,7 +62,7 @@ def lodo_step(
 
     Args:
         g: gradient where the last step landed, shape (n,); zeroed if inactive.
-        m: momentum, shape (n,).
+        m: momentum, shape (n,), in the coordinates of `preconditioner.rotate`.
         moments: of the inner Adam, None for the inner SGD.
         count: inner steps taken, this one included. The first one counts although h = 0 there.
         last_lr: lr of the last step, times the factor by which `shorten_` scaled it.
@@ -79,21 +80,24 @@ def lodo_step(
     if is_tensor(active):
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
         active, learning = active.to(m.dtype), learning.to(m.dtype)
+    rotated = preconditioner.rotate(g)
+    judge = preconditioner.balance(rotated)
     if mixture is not None:
-        mixture.learn_(preconditioner.apply(g).mul_(last_lr), mix_lr, steps, active)
+        mixture.learn_(preconditioner.apply(judge), mix_lr, steps, active * (last_lr > 0))
     if meta_lr > 0 and (is_tensor(learning) or learning):
         rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype)
-        preconditioner.learn_(g, m if e is None else e, last_lr, moments, rates)
+        preconditioner.learn_(judge, m if e is None else e, last_lr, moments, rates)
         if max_condition is not None and learning:
             preconditioner.bound_condition_(max_condition)
+    kept = [m, *([] if e is None else [e]), *([] if mixture is None else [mixture.momenta])]
+    rotated = preconditioner.observe_(g, rotated, kept, active, steps)
     if mixture is None:
-        m.lerp_(g, active * (1 - beta))
+        m.lerp_(rotated, active * (1 - beta))
     else:
-        mixture.mix_(m, g, steps, active)
+        mixture.mix_(m, rotated, steps, active)
     if e is not None:
         e.mul_(1 - active * (1 - trace)).add_(m * active if is_tensor(active) else m)
-    preconditioner.observe_(g, active, steps)
-    step = preconditioner.apply(m).mul_(lr)
+    step = preconditioner.rotate_back(preconditioner.apply(m).mul_(lr))
     return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -20,14 +21,27 @@ class Operator(ABC):
 
     @abstractmethod
     def apply(self, v: Tensor) -> Tensor:
-        """The operator times v, for v of shape (n,), of theta's dtype and on its device. Returns new memory."""
+        """The operator times v, for v of shape (n,), of theta's dtype and on its device, both in the coordinates that
+        `rotate` leads to. Returns new memory."""
+
+    def rotate(self, v: Tensor) -> Tensor:
+        """A vector of shape (n,), in the orthogonal coordinates in which the optimizer computes."""
+        return v
+
+    def rotate_back(self, v: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
+        return v
+
+    def balance(self, g: Tensor) -> Tensor:
+        """A rotated gradient with each tensor's part counted as is best for learning; see `lodo.scale`."""
+        return g
 
     @abstractmethod
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         """One inner step of `theta` along h = -d/dtheta <g, G m>, with G = lr times this operator (Algorithm 1).
 
         Args:
-            g, m: gradient and momentum, shape (n,), theta's dtype.
+            g, m: gradient and momentum, shape (n,), theta's dtype, rotated.
             lr: of the step that led to where `g` was taken.
             moments: of the inner Adam, None for the inner SGD; updated in place.
             rates: of this inner step.
@@ -42,8 +56,20 @@ class Operator(ABC):
             NotImplementedError: if this kind of preconditioner has no such bound.
         """
 
-    def observe_(self, g: Tensor, active: Number, steps: Number) -> None:  # noqa: B027  (a network has nothing to do)
-        """Takes the gradient of step number `steps` into what is known beside the network."""
+    def observe_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
+        """Takes a gradient into what is known beside the network, which may change the coordinates of `rotate`.
+
+        Args:
+            g: gradient of the step that is being made, shape (n,), not rotated.
+            rotated: the same rotated.
+            kept: rotated vectors that the optimizer keeps, shape (..., n): brought into the new coordinates in place.
+            active: whether to.
+            steps: the step's number, from 1.
+
+        Returns:
+            g in the new coordinates.
+        """
+        return rotated
 
     @torch.no_grad()
     def matvec(self, v: Tensor) -> Tensor:
@@ -54,7 +80,7 @@ class Operator(ABC):
         """
         if v.shape != (self.size,):
             raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
-        return self.apply(v.detach().to(self.theta).resolve_neg())
+        return self.rotate_back(self.apply(self.rotate(v.detach().to(self.theta).resolve_neg())))
 
     def to_dense(self) -> Tensor:
         """The operator as an (n, n) matrix, one matvec per column: for small n."""
