@@ -18,12 +18,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lodo import kernels
 from lodo.scalars import Number
 
 DECAY = 0.999  # of v
 EPS = 1e-8
 BASIS_EVERY = 10  # steps between two updates of the eigenbases
-FACTOR_DECAY = 0.999  # of the averages of g g^T
+FACTORS_EVERY = 1  # steps between two gradients that are taken into the averages of g g^T
+FACTOR_DECAY = 0.999  # of these, in a step
 SKEWNESS = 2  # a side has an eigenbasis if its square has at most so many times the elements of the tensor
 LARGEST_SIDE = 2048
 LARGEST_VECTOR = 512  # that has a full eigenbasis, in groups without a matrix
@@ -39,6 +41,7 @@ class AdamBase:
 
     def __init__(self, shapes: Sequence[torch.Size], tensors: dict[str, Tensor]) -> None:
         self.exp_avg_sq = tensors["base_exp_avg_sq"]
+        self._is_native = kernels.native.available(self.exp_avg_sq)
 
     @classmethod
     def tensor_shapes(cls, size: int, shapes: Sequence[torch.Size]) -> Shapes:
@@ -75,6 +78,8 @@ class AdamBase:
     def root(self, steps: Number) -> Tensor:
         """The diagonal of D^1/2, shape (n,), with v corrected for its start at zero."""
         bias = 1 - DECAY ** (steps + (steps < 1))
+        if self._is_native:
+            return kernels.native.adam_root(self.exp_avg_sq, bias, EPS)
         return torch.sqrt(self.exp_avg_sq / bias).add_(EPS).rsqrt_()
 
 
@@ -92,7 +97,7 @@ class SoapBase(AdamBase):
             factors = []
             for side, length in sides:
                 average, basis = packed[used : used + 2 * length * length].view(2, length, length)
-                factors.append(_Factor(side, average, basis, basis.T))
+                factors.append(_Factor(side, average, basis))
                 used += 2 * length * length
             if factors:
                 rows = shape[0]
@@ -110,20 +115,17 @@ class SoapBase(AdamBase):
                 factor.basis.fill_diagonal_(1)
 
     def rotate(self, v: Tensor) -> Tensor:
-        turned = v.clone()
-        for each in self._factored:
-            matrix = part = each.of(turned)
-            for factor in each.factors:
-                matrix = _turned(matrix, factor.side, factor.transposed)
-            part.copy_(matrix)
-        return turned
+        return self._rotated(v, back=False)
 
     def rotate_back(self, v: Tensor) -> Tensor:
+        return self._rotated(v, back=True)
+
+    def _rotated(self, v: Tensor, back: bool) -> Tensor:
         turned = v.clone()
         for each in self._factored:
             matrix = part = each.of(turned)
             for factor in each.factors:
-                matrix = _turned(matrix, factor.side, factor.basis)
+                matrix = factor.times(matrix, factor.back if back else factor.ahead)
             part.copy_(matrix)
         return turned
 
@@ -132,30 +134,45 @@ class SoapBase(AdamBase):
             return rotated
         is_first = bool(steps == 1)
         is_due = is_first or bool(steps % BASIS_EVERY == 0)
-        for each in self._factored:
-            matrix = each.of(g)
-            for factor in each.factors:
-                one, other = (matrix, matrix.T) if factor.side == 0 else (matrix.T, matrix)
-                factor.average.addmm_(one, other, beta=FACTOR_DECAY, alpha=1 - FACTOR_DECAY)
-                if is_due:
-                    each.turn_(kept, factor.side, factor.renew_(is_first))
-        return super().learn_(g, self.rotate(g) if is_due else rotated, kept, True, steps)
+        if is_first or bool(steps % FACTORS_EVERY == 0):
+            for each in self._factored:
+                each.learn_(g, 1 - FACTOR_DECAY**FACTORS_EVERY)
+        if is_due:
+            for each in self._factored:
+                each.renew_(kept, is_first)
+            rotated = self.rotate(g)
+        return super().learn_(g, rotated, kept, True, steps)
 
 
-class _Factor(NamedTuple):
-    """Of one side of a tensor: 0 for rows or 1 for columns, the average of g g^T or g^T g, and its eigenvectors."""
+class _Factor:
+    """Of one side of a tensor: 0 for rows or 1 for columns.
 
-    side: int
-    average: Tensor
-    basis: Tensor
-    transposed: Tensor
+    Attributes:
+        average: of g g^T or g^T g.
+        basis: its eigenvectors, in the columns.
+        ahead, back: what `times` turns a matrix with into their coordinates, and back.
+    """
+
+    def __init__(self, side: int, average: Tensor, basis: Tensor) -> None:
+        self.side, self.average, self.basis = side, average, basis
+        self.ahead, self.back = (basis.T, basis) if side == 0 else (basis, basis.T)
+
+    def times(self, matrix: Tensor, operand: Tensor) -> Tensor:
+        """A matrix, or several, multiplied on this side."""
+        return operand @ matrix if self.side == 0 else matrix @ operand
+
+    def learn_(self, matrix: Tensor, weight: float) -> None:
+        """Takes a gradient into the average."""
+        one, other = (matrix, matrix.T) if self.side == 0 else (matrix.T, matrix)
+        self.average.addmm_(one, other, beta=1 - weight, alpha=weight)
 
     def renew_(self, is_first: bool) -> Tensor:
-        """Brings the eigenvectors up to date; returns what turns the coordinates of the old ones into theirs."""
+        """Brings the eigenvectors up to date; returns what `times` turns matrices in the old ones' coordinates into
+        theirs with."""
         new = _eigenbasis(self.average) if is_first else _improved(self.average, self.basis)
         turn = new.T @ self.basis
         self.basis.copy_(new)
-        return turn
+        return turn if self.side == 0 else turn.T
 
 
 class _Factored(NamedTuple):
@@ -168,17 +185,20 @@ class _Factored(NamedTuple):
 
     def of(self, vector: Tensor) -> Tensor:
         """The tensor's part of vectors (..., n), as matrices that share their memory."""
-        return vector[..., self.first : self.end].unflatten(-1, self.shape)
+        return vector[..., self.first : self.end].view(*vector.shape[:-1], *self.shape)
 
-    def turn_(self, vectors: Sequence[Tensor], side: int, turn: Tensor) -> None:
-        for vector in vectors:
-            part = self.of(vector)
-            part.copy_(_turned(part, side, turn))
+    def learn_(self, g: Tensor, weight: float) -> None:
+        """Takes the gradient of all parameters into the averages."""
+        for factor in self.factors:
+            factor.learn_(self.of(g), weight)
 
-
-def _turned(matrix: Tensor, side: int, turn: Tensor) -> Tensor:
-    """A matrix, or several, with an orthogonal one applied to its columns (side 0) or its rows (side 1)."""
-    return turn @ matrix if side == 0 else matrix @ turn.T
+    def renew_(self, kept: Sequence[Tensor], is_first: bool) -> None:
+        """Brings the eigenvectors up to date, and vectors into their coordinates."""
+        for factor in self.factors:
+            turn = factor.renew_(is_first)
+            for vector in kept:
+                part = self.of(vector)
+                part.copy_(factor.times(part, turn))
 
 
 def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:

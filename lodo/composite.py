@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.bases import AdamBase
-from lodo.preconditioners import Operator, Preconditioner
+from lodo.preconditioners import LogDiagonal, Operator, Preconditioner
 from lodo.scalars import Number
 from lodo.scale import Scale
 
@@ -47,14 +47,18 @@ class Composite(Operator):
         return v if self.base is None else self.base.rotate_back(v)
 
     def balance(self, g: Tensor) -> Tensor:
-        return g if self.scale is None else self.scale.divide(g)
+        return g if self.scale is None else self.scale.multiply_(g.clone(), -1.0)
 
     def apply(self, v: Tensor) -> Tensor:
+        if self._gains is not None:
+            return v * self._gains
         return self.network.apply(v * self.root).mul_(self.root)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         """As a network's; T is that of the last step until `observe_` is called."""
-        if self.theta.numel() > 0:
+        if self._gains is not None and isinstance(self.network, LogDiagonal):
+            self.network.learn_from_(self.apply(g), m, lr, moments, rates)
+        elif self.theta.numel() > 0:
             self.network.learn_(g * self.root, m * self.root, lr, moments, rates)
 
     def bound_condition_(self, largest: float) -> None:
@@ -68,14 +72,16 @@ class Composite(Operator):
         return rotated
 
     def _refresh(self, steps: Number) -> None:
-        """Computes `root`, once a step."""
+        """Computes `root`, once a step, and all of the operator if it is diagonal."""
         if self.base is not None:
             self.root = self.base.root(steps)
         else:
             assert self.scale is not None
             self.root = torch.ones_like(self.scale.moves)
         if self.scale is not None:
-            self.scale.multiply_(self.root)
+            self.scale.multiply_(self.root, 0.5)
+        diagonal = self.network.diagonal()
+        self._gains = None if diagonal is None else self.root.square().mul_(diagonal)
 
     def __repr__(self) -> str:
         base = "None" if self.base is None else repr(self.base.kind)

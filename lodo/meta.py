@@ -78,28 +78,43 @@ def update_(theta: Tensor, h: Tensor, moments: Moments | None, rates: Rates, fir
         moments[1].copy_(to_bfloat16(exp_avg_sq, words >> 16))
 
 
-def descend_(table: Tensor, h: Tensor, rate: float, steps: Number, active: Number) -> None:
+class Descent(NamedTuple):
+    """The numbers of one step of `descend_`: plain, or 0-dim tensors."""
+
+    rate: Number
+    forget1: Number  # 1 - b1
+    forget2: Number  # 1 - b2
+    bias1: Number  # 1 - b1^t
+    bias2: Number  # 1 - b2^t
+
+
+def descent(rate: float, steps: Number, active: Number) -> Descent:
+    """Those of step t = `steps` of the optimizer, the one that is being made included; without effect if not `active`.
+
+    DRIFT bounds how far the numbers move while a training grows e times as long: what judges a scale goes on blaming it
+    for a while after it has changed, and without a bound it would run away.
+    """
+    t = steps + (steps < 1)
+    active = active.to(t.dtype) if is_tensor(active) else float(active)
+    bounded = torch.clamp(DRIFT / t, max=rate) if is_tensor(t) else min(rate, DRIFT / t)
+    return Descent(active * bounded, active * (1 - BETA1), active * (1 - BETA2), 1 - BETA1**t, 1 - BETA2**t)
+
+
+def descend_(table: Tensor, h: Tensor, by: Descent) -> None:
     """One step of a few numbers for each tensor of the parameters (its scale, its weights of momenta) along h.
 
         M <- b1 M + (1 - b1) h        V <- b2 V + (1 - b2) h^2
         u <- u - min(rate, DRIFT / t) * (M / (1 - b1^t)) / sqrt(V / (1 - b2^t))
 
-    DRIFT bounds how far they move while a training grows e times as long: what judges a scale goes on blaming it for a
-    while after it has changed, and without a bound it would run away.
-
     Args:
         table: u, M and V along the first dimension; float64 where the device has it.
         h: shaped like u. Where it is not finite, which a product of large numbers may be, it counts as 0.
-        steps: t, of the optimizer's steps, the one that is being made included.
-        active: whether to move.
+        by: of this step.
     """
     u, exp_avg, exp_avg_sq = table
-    active = active.to(table.dtype) if is_tensor(active) else active
     largest = 0.5 * torch.finfo(table.dtype).max ** 0.5  # a square that overflows would stay in V
     h = h.to(table.dtype).nan_to_num(0.0, 0.0, 0.0).clamp_(-largest, largest)
-    t = steps + (steps < 1)
-    exp_avg.lerp_(h, active * (1 - BETA1))
-    exp_avg_sq.lerp_(h * h, active * (1 - BETA2))
-    root = torch.sqrt(exp_avg_sq / (1 - BETA2**t)).add_(TINY)
-    bounded = torch.clamp(DRIFT / t, max=rate) if is_tensor(t) else min(rate, DRIFT / t)
-    u.sub_((exp_avg / (1 - BETA1**t)).div_(root).mul_(active * bounded))
+    exp_avg.lerp_(h, by.forget1)
+    exp_avg_sq.lerp_(h * h, by.forget2)
+    root = torch.sqrt(exp_avg_sq / by.bias2).add_(TINY)
+    u.sub_((exp_avg / by.bias1).div_(root).mul_(by.rate))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import kernels, meta
 from lodo.scalars import Number, is_tensor
 
 FIRST_SHARE = 0.9  # of the decay nearest to `beta`, at the start; the others share the rest
@@ -34,6 +34,8 @@ class Mixture:
     def __init__(self, momenta: Tensor, table: Tensor, decays: Sequence[float], lengths: list[int]) -> None:
         self.momenta, self.table, self._decays_of, self._lengths = momenta, table, tuple(decays), lengths
         self._decays = torch.tensor(self._decays_of, dtype=table.dtype, device=table.device)
+        self._offsets = kernels.offsets(lengths)
+        self._is_native = kernels.native.available(momenta)
 
     def start_(self, beta: float) -> None:
         """Gives the weights their start."""
@@ -53,19 +55,28 @@ class Mixture:
             steps: taken, the one that is being made included.
             active: whether to.
         """
-        before = steps - 1 + (steps < 2)
+        # After one step all corrected momenta are the same, and what is left of h is rounding.
+        by, before = meta.descent(mix_lr, steps, active * (steps > 2)), steps - 1 + (steps < 2)
+        if self._is_native:
+            native = (self.table, self.momenta, step, self._decays, self._offsets)
+            kernels.native.mixture_learn_(*native, before, by)
+            return
         parts = (self.momenta * step).split(self._lengths, dim=1)
         c = torch.stack([part.sum(1) for part in parts], dim=1).to(self.table.dtype)
         c = (c / self._corrections(before)[:, None]).nan_to_num_(0.0, 0.0, 0.0)
         w = self.table[0].softmax(0)
-        meta.descend_(self.table, -w * (c - (w * c).sum(0)), mix_lr, steps, active)
+        meta.descend_(self.table, -w * (c - (w * c).sum(0)), by)
 
     def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number) -> None:
         """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,)."""
+        t = steps + (steps < 1)
+        if self._is_native:
+            kernels.native.mixture_mix_(m, self.momenta, g, self.table, self._decays, self._offsets, t, active)
+            return
         active = active.to(m.dtype) if is_tensor(active) else active
         for momentum, beta in zip(self.momenta, self._decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
-        w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
+        w = self.table[0].softmax(0) / self._corrections(t)[:, None]
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)
         for part, (momenta, weights) in zip(m.split(self._lengths), shares, strict=True):
             torch.mv(momenta.T, weights, out=part)

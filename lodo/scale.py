@@ -16,7 +16,7 @@ second moment that an inner Adam remembers they would vanish. So network and mix
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import kernels, meta
 from lodo.scalars import Number, is_tensor
 
 
@@ -32,6 +32,8 @@ class Scale:
     def __init__(self, table: Tensor, moves: Tensor, lengths: list[int]) -> None:
         self.table, self.moves, self._lengths = table, moves, lengths
         self._parts = moves.split(lengths)
+        self._offsets = kernels.offsets(lengths)
+        self._is_native = kernels.native.available(moves)
 
     def learn_(self, g: Tensor, scale_lr: float, steps: Number, active: Number) -> None:
         """Moves the scales along the hypergradient.
@@ -42,29 +44,25 @@ class Scale:
             steps: taken, the one that is being made included.
             active: whether to.
         """
+        by = meta.descent(scale_lr, steps, active)
+        if self._is_native:
+            kernels.native.scale_learn_(self.table, self.moves, g, self._offsets, by)
+            return
         pairs = zip(g.split(self._lengths), self._parts, strict=True)
         h = torch.stack([torch.dot(part, move) for part, move in pairs]).neg_()
-        meta.descend_(self.table, h, scale_lr, steps, active)
+        meta.descend_(self.table, h, by)
 
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""
         active = active.to(step.dtype) if is_tensor(active) else active
         self.moves.mul_(1 - active * (1 - trace)).add_(step)
 
-    def multiply_(self, vector: Tensor) -> None:
-        """S^1/2 times a vector of shape (n,), in place."""
-        self._by(vector, 0.5)
-
-    def divide(self, vector: Tensor) -> Tensor:
-        """S^-1 times a vector of shape (n,)."""
-        vector = vector.clone()
-        self._by(vector, -1.0)
-        return vector
-
-    def _by(self, vector: Tensor, power: float) -> None:
+    def multiply_(self, vector: Tensor, power: float) -> Tensor:
+        """S^power times a vector of shape (n,), in place. Returns the vector."""
+        if self._is_native:
+            kernels.native.scale_multiply_(vector, self.table, power, self._offsets)
+            return vector
         factors = torch.exp(power * self.table[0]).to(vector.dtype)
         parts = list(vector.split(self._lengths))
-        if vector.device.type == "cpu":
-            torch._foreach_mul_(parts, factors.tolist())
-        else:
-            torch._foreach_mul_(parts, list(factors.unbind()))
+        torch._foreach_mul_(parts, factors.tolist() if vector.device.type == "cpu" else list(factors.unbind()))
+        return vector

@@ -89,7 +89,7 @@ def lodo_step(
         preconditioner.learn_(judge, m if e is None else e, last_lr, moments, rates)
         if max_condition is not None and learning:
             preconditioner.bound_condition_(max_condition)
-    kept = [m, *([] if e is None else [e]), *([] if mixture is None else [mixture.momenta])]
+    kept = [*([] if e is None else [e]), m if mixture is None else mixture.momenta]
     rotated = preconditioner.observe_(g, rotated, kept, active, steps)
     if mixture is None:
         m.lerp_(rotated, active * (1 - beta))

@@ -1,12 +1,15 @@
 """The arithmetic of the preconditioners, by the fastest kernel that takes the tensors given.
 
-`native` runs the block-diagonal x permutation network on CPUs, `gpu` everything on CUDA, `reference` in plain torch
+`native` runs the block-diagonal x permutation network on CPUs, `gpu` all networks on CUDA, `reference` in plain torch
 wherever they cannot. They have the same functions: for each preconditioner `matvec` applies it and `learn_` takes one
 inner step along the hypergradient. LODO_NATIVE=0 in the environment asks for plain torch.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from lodo.kernels import gpu, native, reference
@@ -34,3 +37,8 @@ def for_vectors(theta: Tensor) -> ModuleType:
 def for_rounding(values: Tensor) -> ModuleType:
     """The kernels for rounding a vector."""
     return native if native.available(values) else for_vectors(values)
+
+
+def offsets(lengths: Sequence[int]) -> Tensor:
+    """Where tensors of these numbers of elements begin in a vector, and its end, as `native` takes it."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""The CPU kernels of block_permutation.cpp: built once per machine with the C++ compiler that is there, if one is.
+"""The CPU kernels of the .cpp files here: built once per machine with the C++ compiler that is there, if one is.
 
 The library is cached under $XDG_CACHE_HOME/lodo (default ~/.cache/lodo), by source, compiler and processor. Without a
 compiler, on Windows, or with the environment variable LODO_NATIVE=0 the reference in torch does the work instead.
@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from lodo import meta
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("block_permutation.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("block_permutation.cpp", "parts.cpp"))
 BASE_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Tried in this order. OpenMP resolves to the runtime that torch has loaded, so both share one pool of threads.
 EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
@@ -37,7 +38,7 @@ def available(theta: Tensor) -> bool:
 
 
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None where they cannot be had. LODO_NATIVE=0 is honoured at every call."""
+    """The loaded kernels, or None where they cannot be had or LODO_NATIVE is 0."""
     return None if os.environ.get("LODO_NATIVE") == "0" else _load()
 
 
@@ -67,14 +68,21 @@ def _build_and_load(compiler: str, flags: tuple[str, ...], folder: Path) -> ctyp
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes the arguments: pointers; layers, block, width and size, or size and count; threads; is_bfloat16, lr
-    and rates."""
-    pointer, shape, integer, number = ctypes.c_void_p, [ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_double
+    """Tells ctypes the arguments."""
+    pointer, size, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     for suffix in SUFFIX.values():
         for name, types in (
-            ("matvec", [pointer] * 5 + shape + [integer]),
-            ("learn", [pointer] * 7 + shape + [integer] * 2 + [number] * 7),
-            ("round", [pointer] * 2 + [ctypes.c_int64] * 2 + [integer]),
+            # Pointers; layers, block, width and size, or size and count; threads; is_bfloat16, lr and rates.
+            ("matvec", [pointer] * 5 + [size] * 4 + [integer]),
+            ("learn", [pointer] * 7 + [size] * 4 + [integer] * 2 + [number] * 7),
+            ("round", [pointer] * 2 + [size] * 2 + [integer]),
+            # Pointers; decays and tensors, or size; threads; rates.
+            ("mixture_learn", [pointer] * 5 + [size] * 2 + [integer] + [number] * 7),
+            ("mixture_mix", [pointer] * 6 + [size] * 2 + [integer] + [number] * 2),
+            ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 6),
+            ("scale_multiply", [pointer] * 3 + [size] + [integer] + [number]),
+            ("adam_root", [pointer] * 2 + [size] + [integer] + [number] * 2),
+            ("log_diagonal_learn", [pointer] * 5 + [size] + [integer] + [number] * 6),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
             function.argtypes = types
@@ -92,13 +100,14 @@ def _compiler() -> str | None:
 def _build(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
     """Path in `folder` of the library for this source, compiler and processor, compiled now if it is not there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = b"\0".join((SOURCE.read_bytes(), version, " ".join(flags).encode(), _processor().encode()))
-    path = folder / f"{SOURCE.stem}-{hashlib.sha256(key).hexdigest()[:20]}.so"
+    sources = [source.read_bytes() for source in SOURCES]
+    key = b"\0".join((*sources, version, " ".join(flags).encode(), _processor().encode()))
+    path = folder / f"kernels-{hashlib.sha256(key).hexdigest()[:20]}.so"
     if not path.exists():
         handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            command = [compiler, *flags, "-o", temporary, str(SOURCE)]
+            command = [compiler, *flags, "-o", temporary, *map(str, SOURCES)]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
             os.replace(temporary, path)  # whole or not at all, whoever else is building
         finally:
@@ -173,3 +182,50 @@ def round_into_(target: Tensor, values: Tensor, count: int) -> None:
     """`reference.round_into_`."""
     function = getattr(_load(), f"lodo_round_{SUFFIX[values.dtype]}")
     function(target.data_ptr(), values.data_ptr(), values.numel(), count, torch.get_num_threads())
+
+
+def mixture_learn_(
+    table: Tensor, momenta: Tensor, step: Tensor, decays: Tensor, offsets: Tensor, steps: float, by: meta.Descent
+) -> None:
+    """`lodo.mixture.Mixture.learn_`; `steps` that the momenta were made of."""
+    _call_parts("mixture_learn", (momenta, step, table, decays, offsets), table.shape[1:], steps, *by, meta.TINY)
+
+
+def mixture_mix_(
+    m: Tensor, momenta: Tensor, g: Tensor, table: Tensor, decays: Tensor, offsets: Tensor, steps: float, active: float
+) -> None:
+    """`lodo.mixture.Mixture.mix_`."""
+    _call_parts("mixture_mix", (momenta, g, m, table, decays, offsets), table.shape[1:], steps, active)
+
+
+def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: meta.Descent) -> None:
+    """`lodo.scale.Scale.learn_`."""
+    _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.TINY)
+
+
+def scale_multiply_(vector: Tensor, table: Tensor, power: float, offsets: Tensor) -> None:
+    """`lodo.scale.Scale.multiply_`."""
+    _call_parts("scale_multiply", (vector, table, offsets), table.shape[1:], power)
+
+
+def adam_root(exp_avg_sq: Tensor, bias: float, eps: float) -> Tensor:
+    """`lodo.bases.AdamBase.root`."""
+    root = torch.empty_like(exp_avg_sq)
+    _call_parts("adam_root", (exp_avg_sq, root), root.shape, bias, eps)
+    return root
+
+
+def log_diagonal_learn_(
+    theta: Tensor, moments: meta.Moments | None, reply: Tensor, m: Tensor, lr: float, rates: meta.Rates
+) -> None:
+    """`lodo.preconditioners.LogDiagonal.learn_from_`."""
+    tensors = (theta, *(moments or (None, None)), reply, m)
+    _call_parts("log_diagonal_learn", tensors, theta.shape, lr, *rates[:-1], meta.EPS)
+
+
+def _call_parts(name: str, tensors: Sequence[Tensor | None], shape: Sequence[int], *numbers: float) -> None:
+    """Calls an entry point of parts.cpp for the first tensor's dtype: contiguous tensors, sizes, threads, numbers."""
+    assert tensors[0] is not None
+    function = getattr(_load(), f"lodo_{name}_{SUFFIX[tensors[0].dtype]}")
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    function(*pointers, *shape, torch.get_num_threads(), *numbers)

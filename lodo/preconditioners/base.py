@@ -132,6 +132,10 @@ class Preconditioner(Operator):
     def options(self) -> dict[str, Any]:
         """The options of a param group that describe this preconditioner."""
 
+    def diagonal(self) -> Tensor | None:
+        """The diagonal of the operator, shape (n,) or (1,), if there is nothing else to it."""
+        return None
+
     def bound_condition_(self, largest: float) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no bound on its condition")
 

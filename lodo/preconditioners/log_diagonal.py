@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import kernels, meta
 from lodo.preconditioners.base import Preconditioner, as_theta
 from lodo.scalars import Number
 
@@ -46,12 +46,24 @@ class LogDiagonal(Preconditioner):
         """A copy of w, shape (n,)."""
         return self.theta.clone()
 
+    def diagonal(self) -> Tensor:
+        return torch.exp(self.theta)
+
     def apply(self, v: Tensor) -> Tensor:
         return torch.exp(self.theta).mul_(v)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        h = torch.exp(self.theta).mul_(g).mul_(m).mul_(-lr)
-        meta.update_(self.theta, h, moments, rates)
+        self.learn_from_(self.apply(g), m, lr, moments, rates)
+
+    def learn_from_(
+        self, reply: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates
+    ) -> None:
+        """`learn_` with the operator times g, in place of g, which it overwrites: h = -lr * reply * m."""
+        is_wide = moments is None or moments[0].dtype == self.theta.dtype
+        if is_wide and kernels.native.available(self.theta):
+            kernels.native.log_diagonal_learn_(self.theta, moments, reply, m, lr, rates)
+        else:
+            meta.update_(self.theta, reply.mul_(m).mul_(-lr), moments, rates)
 
     def bound_condition_(self, largest: float) -> None:
         bound = 0.5 * math.log(largest)
