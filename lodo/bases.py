@@ -24,7 +24,7 @@ from lodo.scalars import Number
 DECAY = 0.999  # of v
 EPS = 1e-8
 BASIS_EVERY = 10  # steps between two updates of the eigenbases
-FACTORS_EVERY = 1  # steps between two gradients that are taken into the averages of g g^T
+FACTORS_EVERY = 2  # steps between two gradients that are taken into the averages of g g^T
 FACTOR_DECAY = 0.999  # of these, in a step
 SKEWNESS = 2  # a side has an eigenbasis if its square has at most so many times the elements of the tensor
 LARGEST_SIDE = 2048
