@@ -2,10 +2,12 @@
 
 from lodo.diagnostics import hessian_error, spectrum
 from lodo.optimizer import LODO
+from lodo.options import RECOMMENDED
 from lodo.preconditioners import BlockPermutation, Diagonal, Identity, LogDiagonal, Residual, Scalar
 
 __all__ = [
     "LODO",
+    "RECOMMENDED",
     "BlockPermutation",
     "Diagonal",
     "Identity",

@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +13,20 @@ from lodo import meta
 from lodo.bases import BASES
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, name_of
+
+RECOMMENDED: Mapping[str, Any] = MappingProxyType(
+    {
+        "lr": 1e-3,
+        "base": "soap",
+        "preconditioner": "log_diagonal",
+        "meta_lr": 3e-3,
+        "trace": 0.99,
+        "scale_lr": 0.03,
+        "decays": (0.0, 0.9, 0.99, 0.999),
+    }
+)
+"""What wants no tuning: `lodo.LODO(params, **lodo.RECOMMENDED)`. Chosen by figures, which docs/experiments.md has; what
+`lodo.LODO` does without options is the paper's method."""
 
 CHANGEABLE = (
     "meta_lr",

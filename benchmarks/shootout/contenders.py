@@ -15,16 +15,8 @@ from torch.optim import Optimizer
 import lodo
 from benchmarks.shootout.problem import Problem, Task
 
-RECOMMENDED: Mapping[str, Any] = {
-    "lr": 1e-3,
-    "base": "soap",
-    "preconditioner": "log_diagonal",
-    "meta_lr": 3e-3,
-    "trace": 0.99,
-    "scale_lr": 0.03,
-    "decays": [0.0, 0.9, 0.99, 0.999],
-}
-"""What "LODO" is run with, untuned, on every task: the one place to change the recommended call."""
+RECOMMENDED: Mapping[str, Any] = {**lodo.RECOMMENDED, "decays": list(lodo.RECOMMENDED["decays"])}
+"""What "LODO" is run with, untuned, on every task; lists, as JSON gives them back."""
 SEARCHED_LODO = ("lr", "beta")  # of the tuned one; all else is as recommended
 
 Options = Mapping[str, Any]
