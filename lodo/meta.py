@@ -23,6 +23,9 @@ BETA1 = 0.9
 BETA2 = 0.999
 EPS = 1e-7
 ROWS = 3  # of the tables of `descend_`
+TABLE_BETA2 = (
+    0.995  # losses fall by orders of magnitude: what is remembered for long would be too large to compare with
+)
 DRIFT = 5.0
 TINY = 1e-30
 
@@ -97,7 +100,7 @@ def descent(rate: float, steps: Number, active: Number) -> Descent:
     t = steps + (steps < 1)
     active = active.to(t.dtype) if is_tensor(active) else float(active)
     bounded = torch.clamp(DRIFT / t, max=rate) if is_tensor(t) else min(rate, DRIFT / t)
-    return Descent(active * bounded, active * (1 - BETA1), active * (1 - BETA2), 1 - BETA1**t, 1 - BETA2**t)
+    return Descent(active * bounded, active * (1 - BETA1), active * (1 - TABLE_BETA2), 1 - BETA1**t, 1 - TABLE_BETA2**t)
 
 
 def descend_(table: Tensor, h: Tensor, by: Descent) -> None:
