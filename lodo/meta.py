@@ -107,7 +107,7 @@ def descend_(table: Tensor, h: Tensor, by: Descent) -> None:
     """One step of a few numbers for each tensor of the parameters (its scale, its weights of momenta) along h.
 
         M <- b1 M + (1 - b1) h        V <- b2 V + (1 - b2) h^2
-        u <- u - min(rate, DRIFT / t) * (M / (1 - b1^t)) / sqrt(V / (1 - b2^t))
+        u <- u - min(rate, DRIFT / t) * (M / (1 - b1^t)) / sqrt(V / (1 - b2^t)),    b1 = 0.9, b2 = 0.995
 
     Args:
         table: u, M and V along the first dimension; float64 where the device has it.
