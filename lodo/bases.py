@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lodo import kernels
 from lodo.scalars import Number
+from lodo.scale import Scale
 
 DECAY = 0.999  # of v
 EPS = 1e-8
@@ -41,6 +42,7 @@ class AdamBase:
 
     def __init__(self, shapes: Sequence[torch.Size], tensors: dict[str, Tensor]) -> None:
         self.exp_avg_sq = tensors["base_exp_avg_sq"]
+        self._offsets = kernels.offsets([shape.numel() for shape in shapes])
         self._is_native = kernels.native.available(self.exp_avg_sq)
 
     @classmethod
@@ -59,8 +61,8 @@ class AdamBase:
         """Q v, shape (n,)."""
         return v
 
-    def learn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
-        """Takes a gradient into the statistics: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
+    def turn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
+        """Takes a gradient into what Q is made of, and brings Q up to date.
 
         Args:
             g: shape (n,).
@@ -72,15 +74,21 @@ class AdamBase:
         Returns:
             Q^T g of the Q that comes out.
         """
-        self.exp_avg_sq.lerp_(rotated * rotated, active * (1 - DECAY))
         return rotated
 
-    def root(self, steps: Number) -> Tensor:
-        """The diagonal of D^1/2, shape (n,), with v corrected for its start at zero."""
-        bias = 1 - DECAY ** (steps + (steps < 1))
+    def gains(self, steps: Number, scale: Scale | None, rotated: Tensor | None = None, active: Number = 1) -> Tensor:
+        """The diagonal of S D, shape (n,), with v corrected for its start at zero; S is the identity without `scale`.
+
+        Takes a gradient into v before, if there is one: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
+        """
+        bias, weight = 1 - DECAY ** (steps + (steps < 1)), active * (1 - DECAY)
         if self._is_native:
-            return kernels.native.adam_root(self.exp_avg_sq, bias, EPS)
-        return torch.sqrt(self.exp_avg_sq / bias).add_(EPS).rsqrt_()
+            table = None if scale is None else scale.table
+            return kernels.native.adam_gains(self.exp_avg_sq, rotated, table, self._offsets, weight, bias, EPS)
+        if rotated is not None:
+            self.exp_avg_sq.lerp_(rotated * rotated, weight)
+        gains = torch.sqrt(self.exp_avg_sq / bias).add_(EPS).reciprocal_()
+        return gains if scale is None else scale.multiply_(gains, 1.0)
 
 
 class SoapBase(AdamBase):
@@ -123,13 +131,15 @@ class SoapBase(AdamBase):
     def _rotated(self, v: Tensor, back: bool) -> Tensor:
         turned = v.clone()
         for each in self._factored:
-            matrix = part = each.of(turned)
-            for factor in each.factors:
+            part = each.of(turned)
+            *firsts, last = each.factors
+            matrix = each.of(v)
+            for factor in firsts:
                 matrix = factor.times(matrix, factor.back if back else factor.ahead)
-            part.copy_(matrix)
+            last.times(matrix, last.back if back else last.ahead, out=part)
         return turned
 
-    def learn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
+    def turn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
         if not active:
             return rotated
         is_first = bool(steps == 1)
@@ -140,8 +150,7 @@ class SoapBase(AdamBase):
         if is_due:
             for each in self._factored:
                 each.renew_(kept, is_first)
-            rotated = self.rotate(g)
-        return super().learn_(g, rotated, kept, True, steps)
+        return self.rotate(g) if is_due else rotated
 
 
 class _Factor:
@@ -157,9 +166,9 @@ class _Factor:
         self.side, self.average, self.basis = side, average, basis
         self.ahead, self.back = (basis.T, basis) if side == 0 else (basis, basis.T)
 
-    def times(self, matrix: Tensor, operand: Tensor) -> Tensor:
+    def times(self, matrix: Tensor, operand: Tensor, out: Tensor | None = None) -> Tensor:
         """A matrix, or several, multiplied on this side."""
-        return operand @ matrix if self.side == 0 else matrix @ operand
+        return torch.matmul(*((operand, matrix) if self.side == 0 else (matrix, operand)), out=out)
 
     def learn_(self, matrix: Tensor, weight: float) -> None:
         """Takes a gradient into the average."""
@@ -185,6 +194,8 @@ class _Factored(NamedTuple):
 
     def of(self, vector: Tensor) -> Tensor:
         """The tensor's part of vectors (..., n), as matrices that share their memory."""
+        if vector.dim() == 1:  # in one call, for this is done some ten times a step
+            return vector.as_strided(self.shape, (self.shape[1], 1), vector.storage_offset() + self.first)
         return vector[..., self.first : self.end].view(*vector.shape[:-1], *self.shape)
 
     def learn_(self, g: Tensor, weight: float) -> None:

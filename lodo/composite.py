@@ -67,21 +67,20 @@ class Composite(Operator):
     def observe_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
         """Takes a gradient into the base, and what the scale has learned into T."""
         if self.base is not None:
-            rotated = self.base.learn_(g, rotated, kept, active, steps)
-        self._refresh(steps)
+            rotated = self.base.turn_(g, rotated, kept, active, steps)
+        self._refresh(steps, rotated, active)
         return rotated
 
-    def _refresh(self, steps: Number) -> None:
+    def _refresh(self, steps: Number, rotated: Tensor | None = None, active: Number = 1) -> None:
         """Computes `root`, once a step, and all of the operator if it is diagonal."""
         if self.base is not None:
-            self.root = self.base.root(steps)
+            gains = self.base.gains(steps, self.scale, rotated, active)
         else:
             assert self.scale is not None
-            self.root = torch.ones_like(self.scale.moves)
-        if self.scale is not None:
-            self.scale.multiply_(self.root, 0.5)
+            gains = self.scale.multiply_(torch.ones_like(self.scale.moves), 1.0)
         diagonal = self.network.diagonal()
-        self._gains = None if diagonal is None else self.root.square().mul_(diagonal)
+        self._gains = None if diagonal is None else gains * diagonal
+        self.root = gains.sqrt_()
 
     def __repr__(self) -> str:
         base = "None" if self.base is None else repr(self.base.kind)

@@ -65,3 +65,11 @@ def choose(condition: Number, yes: Number, no: Number) -> Number:
     if is_tensor(condition):
         return torch.where(condition, yes, no)
     return yes if condition else no
+
+
+def add_decayed_(trace: Tensor, vector: Tensor, decay: Number) -> None:
+    """trace <- decay * trace + vector, in place."""
+    if is_tensor(decay):
+        trace.mul_(decay).add_(vector)
+    else:
+        torch.add(vector, trace, alpha=decay, out=trace)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lodo import kernels, meta
-from lodo.scalars import Number, is_tensor
+from lodo.scalars import Number, add_decayed_, is_tensor
 
 
 class Scale:
@@ -55,7 +55,7 @@ class Scale:
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""
         active = active.to(step.dtype) if is_tensor(active) else active
-        self.moves.mul_(1 - active * (1 - trace)).add_(step)
+        add_decayed_(self.moves, step, 1 - active * (1 - trace))
 
     def multiply_(self, vector: Tensor, power: float) -> Tensor:
         """S^power times a vector of shape (n,), in place. Returns the vector."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from lodo import meta
 from lodo.mixture import Mixture
 from lodo.preconditioners import Operator
-from lodo.scalars import Number, choose, is_tensor, norm
+from lodo.scalars import Number, add_decayed_, choose, is_tensor, norm
 
 
 def lodo_step(
@@ -96,7 +96,7 @@ def lodo_step(
     else:
         mixture.mix_(m, rotated, steps, active)
     if e is not None:
-        e.mul_(1 - active * (1 - trace)).add_(m * active if is_tensor(active) else m)
+        add_decayed_(e, m * active if is_tensor(active) else m, 1 - active * (1 - trace))
     step = preconditioner.rotate_back(preconditioner.apply(m).mul_(lr))
     return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
 

@@ -81,7 +81,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("mixture_mix", [pointer] * 6 + [size] * 2 + [integer] + [number] * 2),
             ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 6),
             ("scale_multiply", [pointer] * 3 + [size] + [integer] + [number]),
-            ("adam_root", [pointer] * 2 + [size] + [integer] + [number] * 2),
+            ("adam_gains", [pointer] * 5 + [size] + [integer] + [number] * 3),
             ("log_diagonal_learn", [pointer] * 5 + [size] + [integer] + [number] * 6),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
@@ -208,11 +208,14 @@ def scale_multiply_(vector: Tensor, table: Tensor, power: float, offsets: Tensor
     _call_parts("scale_multiply", (vector, table, offsets), table.shape[1:], power)
 
 
-def adam_root(exp_avg_sq: Tensor, bias: float, eps: float) -> Tensor:
-    """`lodo.bases.AdamBase.root`."""
-    root = torch.empty_like(exp_avg_sq)
-    _call_parts("adam_root", (exp_avg_sq, root), root.shape, bias, eps)
-    return root
+def adam_gains(
+    exp_avg_sq: Tensor, g: Tensor | None, table: Tensor | None, offsets: Tensor, weight: float, bias: float, eps: float
+) -> Tensor:
+    """`lodo.bases.AdamBase.observe_` of a gradient, if there is one, and S D for `gains` and the scales of a table."""
+    gains = torch.empty_like(exp_avg_sq)
+    tensors = (exp_avg_sq, g, gains, table, offsets)
+    _call_parts("adam_gains", tensors, (len(offsets) - 1,), weight, bias, eps)
+    return gains
 
 
 def log_diagonal_learn_(

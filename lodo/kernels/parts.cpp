@@ -154,12 +154,16 @@ void scale_multiply(T *vector, const double *table, double power, const int64_t 
 }
 
 template <typename T>
-void adam_root(const T *square, T *root, int64_t size, int threads, T inverse_bias, T eps) {
-  const int64_t all[] = {0, size};
-  Cut(all, 1, threads).each([&](int64_t, const Chunk &at) {
+void adam_gains(T *square, const T *g, T *gains, const double *table, const int64_t *offsets, int64_t tensors,
+                int threads, T weight, T inverse_bias, T eps) {
+  Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
+    const T scale = table == nullptr ? T(1) : T(std::exp(table[at.tensor]));
+    if (g != nullptr) {
 #pragma omp simd
-    for (int64_t i = at.first; i < at.end; ++i)
-      root[i] = 1 / std::sqrt(std::sqrt(square[i] * inverse_bias) + eps);
+      for (int64_t i = at.first; i < at.end; ++i) square[i] += weight * (g[i] * g[i] - square[i]);
+    }
+#pragma omp simd
+    for (int64_t i = at.first; i < at.end; ++i) gains[i] = scale / (std::sqrt(square[i] * inverse_bias) + eps);
   });
 }
 
@@ -207,9 +211,10 @@ void log_diagonal_learn(T *theta, T *mean, T *square, const T *reply, const T *m
                                                int64_t tensors, int threads, double power) {                           \
     scale_multiply(vector, table, power, offsets, tensors, threads);                                                   \
   }                                                                                                                    \
-  extern "C" void lodo_adam_root_##SUFFIX(const T *square, T *root, int64_t size, int threads, double bias,            \
-                                          double eps) {                                                                \
-    adam_root(square, root, size, threads, T(1 / bias), T(eps));                                                       \
+  extern "C" void lodo_adam_gains_##SUFFIX(T *square, const T *g, T *gains, const double *table,                       \
+                                           const int64_t *offsets, int64_t tensors, int threads, double weight,        \
+                                           double bias, double eps) {                                                  \
+    adam_gains(square, g, gains, table, offsets, tensors, threads, T(weight), T(1 / bias), T(eps));                    \
   }                                                                                                                    \
   extern "C" void lodo_log_diagonal_learn_##SUFFIX(                                                                    \
       T *theta, T *mean, T *square, const T *reply, const T *m, int64_t size, int threads, double lr,                  \
