@@ -24,7 +24,6 @@ class Composite(Operator):
         network: U^T U.
         base: D and Q; None for the identity.
         scale: S; None for the identity.
-        root: the diagonal of (S D)^1/2, shape (n,).
     """
 
     def __init__(self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: Number) -> None:
@@ -35,6 +34,13 @@ class Composite(Operator):
     @property
     def theta(self) -> Tensor:  # type: ignore[override]
         return self.network.theta
+
+    @property
+    def root(self) -> Tensor:
+        """The diagonal of (S D)^1/2, shape (n,)."""
+        if self._root is None:
+            self._root = self._squares.sqrt()
+        return self._root
 
     def whiten(self, v: Tensor) -> Tensor:
         """T v, shape (n,), for v in the coordinates of the parameters: in these the network acts and learns."""
@@ -72,15 +78,15 @@ class Composite(Operator):
         return rotated
 
     def _refresh(self, steps: Number, rotated: Tensor | None = None, active: Number = 1) -> None:
-        """Computes `root`, once a step, and all of the operator if it is diagonal."""
+        """Computes S D, once a step, and all of the operator if it is diagonal."""
+        self._root: Tensor | None = None
         if self.base is not None:
-            gains = self.base.gains(steps, self.scale, rotated, active)
+            self._squares = self.base.gains(steps, self.scale, rotated, active)
         else:
             assert self.scale is not None
-            gains = self.scale.multiply_(torch.ones_like(self.scale.moves), 1.0)
+            self._squares = self.scale.multiply_(torch.ones_like(self.scale.moves), 1.0)
         diagonal = self.network.diagonal()
-        self._gains = None if diagonal is None else gains * diagonal
-        self.root = gains.sqrt_()
+        self._gains = None if diagonal is None else self._squares * diagonal
 
     def __repr__(self) -> str:
         base = "None" if self.base is None else repr(self.base.kind)
