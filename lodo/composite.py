@@ -26,6 +26,10 @@ class Composite(Operator):
         scale: S; None for the identity.
     """
 
+    _squares: Tensor
+    _root: Tensor | None
+    _gains: Tensor | None
+
     def __init__(self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: Number) -> None:
         self.network, self.base, self.scale = network, base, scale
         self.size = network.size
@@ -79,7 +83,7 @@ class Composite(Operator):
 
     def _refresh(self, steps: Number, rotated: Tensor | None = None, active: Number = 1) -> None:
         """Computes S D, once a step, and all of the operator if it is diagonal."""
-        self._root: Tensor | None = None
+        self._root = None
         if self.base is not None:
             self._squares = self.base.gains(steps, self.scale, rotated, active)
         else:
