@@ -28,6 +28,7 @@ class LODO(Optimizer):
 
     (Liao, Dangovski, Foerster, Soljacic: "Learning to Optimize Quasi-Newton Methods", TMLR 2023, Algorithm 1.) One G
     acts on each param group, flattened in order: one group is the paper's setting, several make G block-diagonal.
+    The defaults are the paper's; `lodo.LODO(params, **lodo.RECOMMENDED)` is the call that wants no tuning.
 
     Args:
         params: tensors, (name, tensor) pairs or dicts of param groups; float16, bfloat16, float32 or float64.
@@ -48,9 +49,8 @@ class LODO(Optimizer):
         momentum_dtype: the same for the momentum.
         trace: decay, in [0, 1), of the momenta that the hypergradient judges: their trace e <- trace * e + m, in place
             of the last one alone. 0 is the paper.
-        base: None, or what G is before anything is learned: "adam" for Adam's D = 1 / (sqrt(v) + 1e-8), "soap" for the
-            same in the eigenbasis of each matrix's gradients; lr is then Adam's. The momentum is corrected for its
-            start at zero, as Adam's is. See `lodo.bases`. "soap" makes the host wait on CUDA.
+        base: None, or what G is before anything is learned: "adam" for 1 / (sqrt(v) + 1e-8), "soap" for the same in the
+            eigenbasis of each matrix's gradients (waits on CUDA). lr and the momentum's correction are then Adam's.
         scale_lr: learning rate of a logarithmic scale per tensor, as part of G; 0: there is none. See `lodo.scale`.
         scale_trace: decay, in [0, 1), of the steps that the scales' hypergradient judges.
         decays: None, or several, each in [0, 1), of momenta whose weights are learned for each tensor: their mixture

@@ -188,7 +188,11 @@ def amended(saved: dict[str, Any], groups: list[dict[str, Any]]) -> State:
 
 
 def has_lost_networks(saved_groups: list[dict[str, Any]], found: State, groups: list[dict[str, Any]]) -> bool:
-    """Whether saved state has momentum, which only steps make, next to a network that has taken none."""
+    """Whether saved state has momentum, which only steps make, next to a network that has taken none.
+
+    Where momentum is in the coordinates of a base it is worth nothing then, and becomes zero in `found`.
+    """
+    has_lost = False
     for saved_group, group in zip(saved_groups, groups, strict=True):
         state = {p: found.get(key, {}) for key, p in zip(saved_group["params"], group["params"], strict=True)}
         if entry_with_network(group, state) is None:
@@ -198,8 +202,11 @@ def has_lost_networks(saved_groups: list[dict[str, Any]], found: State, groups: 
         if any(entry.get(name, True) for name in ("steps", "meta_step", "last_lr")):
             continue
         if any(bool(local(kept["momentum"]).any()) for kept in state.values() if "momentum" in kept):
-            return True
-    return False
+            has_lost = True
+            if group["base"] == "soap":
+                for key in saved_group["params"]:
+                    found[key] = {**found[key], "momentum": torch.zeros_like(found[key]["momentum"])}
+    return has_lost
 
 
 def _may_lack_momentum(p: Tensor, entry: dict[str, Any]) -> bool:

@@ -7,7 +7,8 @@ others is lost when torch.distributed.checkpoint loads it), for the whole group:
 base preconditioner; "scale" (3, number of tensors) and "moves" (n,) of the scales per tensor; "momenta" (number of
 decays, n) and "mixture" (3, number of decays, number of tensors) of the learned momentum; "steps" taken and "skipped"
 (left out for bad gradients); "format" of this layout. Network and momentum are float32, or float64 for groups with
-float64 parameters; the moments of the inner Adam and the momentum may be bfloat16 instead.
+float64 parameters; the moments of the inner Adam and the momentum may be bfloat16 instead. Momentum, trace and momenta
+are in the coordinates of the base, if that has its own.
 
 On several ranks: the momentum of a parameter that is a DTensor is a DTensor like it, and is resharded with it by
 torch.distributed.checkpoint. If the parameters are sharded, each shard has its own network, and all that is kept for

@@ -471,6 +471,20 @@ def test_a_network_that_torch_leaves_out_is_warned_of():
         set_optimizer_state_dict(model, optimizer, saved, options=options)
 
 
+def test_momentum_in_coordinates_that_torch_leaves_out_is_dropped():
+    """With base="soap" it lies in those of the base, whose factors are lost with the network."""
+    settings, options = {"lr": 1e-2, "base": "soap"}, StateDictOptions(full_state_dict=True)
+    (model, _), (other, _) = plain_run(), plain_run()
+    optimizer, loaded = (lodo.LODO(each.parameters(), **settings) for each in (model, other))
+    train(model, optimizer, 0, 4)
+    other[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="momentum without the network that it belongs to"):
+        set_optimizer_state_dict(
+            other, loaded, get_optimizer_state_dict(model, optimizer, options=options), options=options
+        )
+    assert not any(loaded.state[p]["momentum"].any() for p in other.parameters())
+
+
 def test_a_group_without_a_saved_state_starts_anew_if_that_is_allowed():
     model = network()
     optimizer = lodo.LODO(model[0].parameters(), **OPTIONS)
