@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_parts import backward, built, entry_of, flat, loss_of, made, trained
+from test_parts import backward, built, entry_of, flat, loss_of, made, rotated_back, scales, trained
 from torch import nn
 
 import lodo
@@ -48,6 +48,7 @@ def test_one_decay_alone_is_the_corrected_momentum(base):
 @pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
 @pytest.mark.parametrize("base", [None, "adam", "soap"])
 def test_the_hypergradient_of_the_weights_is_that_of_autograd(kind, base):
+    """Over lr, and with what the step did to a tensor divided by its scale."""
     params, optimizer = trained(kind, SHAPES, steps=7, decays=DECAYS, base=base, scale_lr=0.05, mix_lr=0.05)
     entry, lr = entry_of(optimizer), optimizer.param_groups[0]["lr"]
     backward(params)
@@ -56,12 +57,15 @@ def test_the_hypergradient_of_the_weights_is_that_of_autograd(kind, base):
     optimizer.step()
     dense = optimizer.preconditioners[0].to_dense()
     u = entry["mixture"][0].clone().requires_grad_()
-    landed = start - lr * dense @ mixed(u.softmax(0), entry["momenta"].clone(), params, 8)
+    momenta = rotated_back(optimizer, entry["momenta"])
+    landed = start - lr * dense @ mixed(u.softmax(0), momenta, params, 8)
     torch.testing.assert_close(landed.detach(), flat(params), rtol=1e-12, atol=1e-12)
-    (h,) = torch.autograd.grad(loss_of(landed), u)
     backward(params)
     before = entry["mixture"][1].clone()
     optimizer.step()
+    s = scales(params, optimizer)
+    assert (s - 1).abs().min() > 0.05
+    (h,) = torch.autograd.grad(loss_of(landed.detach() + (landed - landed.detach()) / s) / lr, u)
     found = (entry["mixture"][1] - meta.BETA1 * before) / (1 - meta.BETA1)
     torch.testing.assert_close(found, h, rtol=1e-9, atol=1e-12)
 

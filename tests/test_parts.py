@@ -63,6 +63,19 @@ def entry_of(optimizer):
     return optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 
+def rotated_back(optimizer, v):
+    """Vectors (..., n) that the optimizer keeps, in the coordinates of the parameters."""
+    operator = optimizer.preconditioners[0]
+    return torch.stack([operator.rotate_back(row) for row in v]) if v.dim() > 1 else operator.rotate_back(v)
+
+
+def scales(params, optimizer):
+    """S, one number for each element; ones if there are no scales."""
+    lengths = torch.tensor([p.numel() for p in params])
+    logs = entry_of(optimizer).get("scale", torch.zeros(1, len(params), dtype=torch.float64))[0]
+    return logs.exp().repeat_interleave(lengths)
+
+
 def dense_of(product, size):
     return torch.stack([product(column) for column in torch.eye(size, dtype=torch.float64)], 1)
 
@@ -135,7 +148,8 @@ def dense_adam(entry, beta2=0.999):
 
 
 class DenseSoap:
-    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n."""
+    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n. Of two gradients one goes
+    into the factors, with the weight of both, so that these forget as fast as they would by taking every one."""
 
     def __init__(self, shapes, sides, x):
         self.shapes, self.x = shapes, x.clone()
@@ -151,7 +165,9 @@ class DenseSoap:
         for shape, part, own, theirs in zip(self.shapes, parts, self.factors, found, strict=True):
             matrix = part.view(as_matrix(shape))
             for side, factor in own.items():
-                factor[0] = 0.999 * factor[0] + 0.001 * (matrix @ matrix.T if side == 0 else matrix.T @ matrix)
+                if t == 1 or t % 2 == 0:
+                    square = matrix @ matrix.T if side == 0 else matrix.T @ matrix
+                    factor[0] = 0.999**2 * factor[0] + (1 - 0.999**2) * square
                 if t == 1:
                     factor[1] = theirs[side][1].clone()
                     turned = factor[1].T @ factor[0] @ factor[1]
@@ -237,7 +253,8 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "identity"])
 def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, trace, kernel):
-    """That of the loss with theta free in the steps that led here, those before the last counted by their age."""
+    """That of the loss with theta free in the steps that led here, those before the last counted by their age, and what
+    they did to a tensor divided by its scale."""
     settings = {"trace": trace, "base": base, "scale_lr": scale_lr, "beta": 0.6, "meta_optimizer": "sgd"}
     params, optimizer = built(kind, meta_lr=0.02, **{**settings, "lr": 0.0})
     m = e = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
@@ -255,15 +272,17 @@ def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, tr
         theta = learned(network).requires_grad_()
         lr = 0.0 if t == WARM else 0.05 if base is None else 0.05 / (1 - 0.6**t)
         step = lr * coordinates.T @ matvec(network, theta, coordinates @ e)
-        loss_of(flat(params) + step.detach() - step).backward()
-        gradient = backward(params)
+        x, gradient = flat(params), backward(params)
         optimizer.step()
+        loss_of(x + (step.detach() - step) / scales(params, optimizer)).backward()
         error = torch.linalg.vector_norm(learned(network) - (theta - 0.02 * theta.grad).detach())
         assert error <= 1e-9 * 0.02 * torch.linalg.vector_norm(theta.grad)
         m = 0.6 * m + 0.4 * gradient
         e = trace * e + m
     if trace:
-        torch.testing.assert_close(entry_of(optimizer)["trace"], e, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(rotated_back(optimizer, entry_of(optimizer)["trace"]), e, rtol=1e-12, atol=1e-13)
+    momentum = flat(optimizer.state[p]["momentum"] for p in params)
+    torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=1e-12, atol=1e-13)
 
 
 def test_without_a_trace_the_state_has_none_and_one_that_is_switched_off_is_the_paper():
@@ -348,7 +367,7 @@ def test_the_scales_of_a_network_that_mixes_tensors_have_the_right_sum(base):
         table = entry_of(optimizer)["scale"].clone()
         s = torch.zeros(len(TENSORS), dtype=torch.float64, requires_grad=True)
         root = torch.exp(s / 2).repeat_interleave(lengths)
-        m = flat(optimizer.state[p]["momentum"] for p in params)
+        m = rotated_back(optimizer, flat(optimizer.state[p]["momentum"] for p in params))
         lr = 0.05 if base is None else 0.05 / (1 - 0.9**t)
         landed = start - lr * root * (optimizer.preconditioners[0].to_dense() @ (root * m))
         torch.testing.assert_close(landed.detach(), flat(params), rtol=0, atol=1e-7 if base == "soap" else 1e-12)
