@@ -1,8 +1,10 @@
 """The learned mixture of momenta, against plain forms of its own in float64."""
 
+import copy
+
 import pytest
 import torch
-from test_parts import backward, built, entry_of, flat, loss_of, made, rotated_back, scales, trained
+from test_parts import NETWORKS, backward, built, entry_of, flat, loss_of, made, rotated_back, scales, trained
 from torch import nn
 
 import lodo
@@ -87,6 +89,47 @@ def test_weights_move_as_documented():
     optimizer.step()
     fall = after[1] / (1 - meta.BETA1**late) / (after[2] / (1 - meta.BETA2**late)).sqrt()
     torch.testing.assert_close(after[0], before[0] - meta.DRIFT / late * fall)
+
+
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+def test_weights_wait_for_two_steps_and_for_one_that_moved(base, kernel):
+    """Nothing can be learned of them before, nor from the gradient after a step of lr = 0."""
+    params, optimizer = built("log_diagonal", SHAPES, decays=DECAYS, base=base, scale_lr=0.05, mix_lr=0.05)
+    group, tables = optimizer.param_groups[0], []
+    for step in range(1, 10):
+        group["lr"] = 0.0 if step in (5, 6) else 0.05
+        backward(params)
+        optimizer.step()
+        tables.append(entry_of(optimizer)["mixture"].clone())
+    for step in range(2, 10):
+        is_still = step in (2, 6, 7)
+        assert torch.equal(tables[step - 2], tables[step - 1]) == is_still
+        assert not ((tables[step - 2] == tables[step - 1]).any() and not is_still)
+    assert not tables[1][1:].any()
+
+
+@pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+def test_how_fast_weights_and_network_learn_does_not_hang_on_the_scales(base, kind, kernel):
+    """From the same gradient, momenta and network they take the same into their moments, whatever the scales are. (One
+    and the same for all tensors if the network mixes these.)"""
+    options = {"decays": DECAYS, "base": base, "scale_lr": 1e-300, "meta_lr": 0.02, "trace": 0.5}
+    params, first = trained(kind, SHAPES, steps=7, **options)
+    logs = torch.tensor([-8.0] * 3 if kind == "block_permutation" else [-8.0, 3.0, -0.5], dtype=torch.float64)
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    second = lodo.LODO(others, preconditioner=kind, **NETWORKS[kind], base=base, decays=DECAYS)
+    saved = copy.deepcopy(first.state_dict())
+    saved["state"][0]["scale"][0] = logs
+    second.load_state_dict(saved)
+    x = flat(params)
+    backward(params), backward(others)
+    first.step(), second.step()
+    for name in ("mixture", "theta_exp_avg", "theta_exp_avg_sq", "theta"):
+        found, expected = entry_of(second)[name], entry_of(first)[name]
+        size = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12 * size)
+    ratio = ((flat(others) - x) / (flat(params) - x)).log()
+    torch.testing.assert_close(ratio, logs.repeat_interleave(torch.tensor([12, 5, 1])), rtol=0, atol=1e-6)
 
 
 def test_a_mixture_learns_to_do_without_momentum_and_to_use_much_of_it():

@@ -148,8 +148,8 @@ def dense_adam(entry, beta2=0.999):
 
 
 class DenseSoap:
-    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n. Of two gradients one goes
-    into the factors, with the weight of both, so that these forget as fast as they would by taking every one."""
+    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n. Of two gradients one
+    goes into the factors, with the weight of both, so that these forget as fast as they would by taking every one."""
 
     def __init__(self, shapes, sides, x):
         self.shapes, self.x = shapes, x.clone()
@@ -243,6 +243,62 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
     torch.testing.assert_close(operator.matvec(v), expected @ v, rtol=0, atol=1e-11 * size)
     with pytest.raises(ValueError, match=rf"v must have shape \({n},\)"):
         operator.matvec(v[1:])
+
+
+@pytest.mark.parametrize("scale_lr", [0.0, 0.05])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
+    """In these T is diagonal; `matvec` takes a vector there and back. A diagonal network or none is no special case."""
+    params, optimizer = trained(kind, base=base, scale_lr=scale_lr, meta_lr=0.02)
+    operator, entry, n = optimizer.preconditioners[0], entry_of(optimizer), sum(p.numel() for p in params)
+    network, root, q = getattr(operator, "network", operator), scales(params, optimizer).sqrt(), torch.eye(n).double()
+    if base is not None:
+        root = root * dense_adam(entry).sqrt()
+    if base == "soap":
+        q = dense_basis(SHAPES, factors_in(entry["base_factors"], [FULL, [], [], [(0, 2)], [], []]))
+        assert (q - torch.eye(n)).abs().max() > 0.1
+    v = torch.randn(n, dtype=torch.float64)
+    kept = v.clone()
+    product = root * v if kind == "identity" else matvec(network, learned(network), root * v)
+    found, expected = operator.apply(v), root * product
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * size)
+    assert found.data_ptr() != v.data_ptr()
+    torch.testing.assert_close(operator.rotate(v), q.T @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(operator.rotate_back(v), q @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        operator.rotate(operator.matvec(operator.rotate_back(v))), found, rtol=0, atol=1e-12 * size
+    )
+    assert torch.equal(v, kept)
+
+
+@pytest.mark.parametrize("decays", [None, (0.0, 0.9, 0.99)])
+@pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
+def test_what_is_kept_is_turned_with_the_basis(kind, decays, kernel):
+    """Turned back it is what plain averages of the gradients are, through four changes of the basis."""
+    params, optimizer = built(kind, base="soap", trace=0.7, decays=decays, mix_lr=0.02, scale_lr=0.01, meta_lr=0.02)
+    n, lengths = sum(p.numel() for p in params), [p.numel() for p in params]
+    each = torch.tensor(decays or (0.9,), dtype=torch.float64)[:, None]
+    momenta, e, bases = torch.zeros(len(each), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), []
+    for t in range(1, 36):
+        gradient = backward(params)
+        optimizer.step()
+        entry = entry_of(optimizer)
+        momenta = each * momenta + (1 - each) * gradient
+        m = momenta[0]
+        if decays:
+            w = entry["mixture"][0].softmax(0).repeat_interleave(torch.tensor(lengths), dim=1)
+            m = (w * momenta / (1 - each**t)).sum(0)
+            torch.testing.assert_close(rotated_back(optimizer, entry["momenta"]), momenta, rtol=0, atol=1e-12)
+        e = 0.7 * e + m
+        momentum = flat(optimizer.state[p]["momentum"] for p in params)
+        torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rotated_back(optimizer, entry["trace"]), e, rtol=0, atol=1e-12)
+        if not bases or not torch.equal(bases[-1], entry["base_factors"][9:18]):  # of the first tensor's rows
+            bases.append(entry["base_factors"][9:18].clone())
+    assert len(bases) == 4
+    assert min(float((old - new).abs().max()) for old, new in zip(bases[1:], bases, strict=False)) > 1e-3
 
 
 # ---- what the network learns ---------------------------------------------------------------------------------------
