@@ -80,7 +80,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("mixture_learn", [pointer] * 5 + [size] * 2 + [integer] + [number] * 7),
             ("mixture_mix", [pointer] * 6 + [size] * 2 + [integer] + [number] * 2),
             ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 6),
-            ("scale_multiply", [pointer] * 3 + [size] + [integer] + [number]),
+            ("scale_multiply", [pointer] * 3 + [size] + [integer] + [number] * 2),
             ("adam_root", [pointer] * 2 + [size] + [integer] + [number] * 2),
             ("log_diagonal_learn", [pointer] * 5 + [size] + [integer] + [number] * 6),
         ):
@@ -203,9 +203,9 @@ def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: m
     _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.TINY)
 
 
-def scale_multiply_(vector: Tensor, table: Tensor, power: float, offsets: Tensor) -> None:
+def scale_multiply_(vector: Tensor, table: Tensor, power: float, largest: float, offsets: Tensor) -> None:
     """`lodo.scale.Scale.multiply_`."""
-    _call_parts("scale_multiply", (vector, table, offsets), table.shape[1:], power)
+    _call_parts("scale_multiply", (vector, table, offsets), table.shape[1:], power, largest)
 
 
 def adam_root(exp_avg_sq: Tensor, bias: float, eps: float) -> Tensor:

@@ -145,9 +145,10 @@ void scale_learn(const T *g, const T *moves, double *table, const int64_t *offse
 }
 
 template <typename T>
-void scale_multiply(T *vector, const double *table, double power, const int64_t *offsets, int64_t tensors, int threads) {
+void scale_multiply(T *vector, const double *table, double power, double largest, const int64_t *offsets,
+                    int64_t tensors, int threads) {
   Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
-    const T factor = T(std::exp(power * table[at.tensor]));
+    const T factor = T(std::exp(std::clamp(power * table[at.tensor], -largest, largest)));
 #pragma omp simd
     for (int64_t i = at.first; i < at.end; ++i) vector[i] *= factor;
   });
@@ -204,8 +205,8 @@ void log_diagonal_learn(T *theta, T *mean, T *square, const T *reply, const T *m
     scale_learn(g, moves, table, offsets, tensors, threads, {rate, forget1, forget2, bias1, bias2, tiny});             \
   }                                                                                                                    \
   extern "C" void lodo_scale_multiply_##SUFFIX(T *vector, const double *table, const int64_t *offsets,                 \
-                                               int64_t tensors, int threads, double power) {                           \
-    scale_multiply(vector, table, power, offsets, tensors, threads);                                                   \
+                                               int64_t tensors, int threads, double power, double largest) {           \
+    scale_multiply(vector, table, power, largest, offsets, tensors, threads);                                          \
   }                                                                                                                    \
   extern "C" void lodo_adam_root_##SUFFIX(const T *square, T *root, int64_t size, int threads, double bias,            \
                                           double eps) {                                                                \
