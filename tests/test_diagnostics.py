@@ -62,7 +62,7 @@ def test_figures_are_those_of_the_last_step_and_of_g(kind, kernel):
 @pytest.mark.parametrize("parts", [{"trace": 0.5}, {"scale_lr": 1e-300}, {"decays": (0.0, 0.9)}], ids=str)
 @pytest.mark.parametrize("base", [None, "adam", "soap"])
 @pytest.mark.parametrize("kind", ["block_permutation", "log_diagonal"])
-def test_the_figures_know_the_parts_of_g(kind, base, parts, kernel):
+def test_the_figures_know_the_parts_of_g(kind, base, parts):
     """Whatever the coordinates in which the optimizer computes."""
     optimizer, x, gradient = trained(kind, steps=0, base=base, meta_optimizer="sgd", lr=0.0, **parts)
     for _ in range(12):  # gradients along all coordinates, before steps are made along them
