@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lodo import kernels
 from lodo.scalars import Number
-from lodo.scale import Scale
+from lodo.scale import LARGEST_LOG, Scale
 
 DECAY = 0.999  # of v
 EPS = 1e-8
@@ -84,7 +84,8 @@ class AdamBase:
         bias, weight = 1 - DECAY ** (steps + (steps < 1)), active * (1 - DECAY)
         if self._is_native:
             table = None if scale is None else scale.table
-            return kernels.native.adam_gains(self.exp_avg_sq, rotated, table, self._offsets, weight, bias, EPS)
+            numbers = (weight, bias, EPS, LARGEST_LOG)
+            return kernels.native.adam_gains(self.exp_avg_sq, rotated, table, self._offsets, *numbers)
         if rotated is not None:
             self.exp_avg_sq.lerp_(rotated * rotated, weight)
         gains = torch.sqrt(self.exp_avg_sq / bias).add_(EPS).reciprocal_()
@@ -129,6 +130,7 @@ class SoapBase(AdamBase):
         return self._rotated(v, back=True)
 
     def _rotated(self, v: Tensor, back: bool) -> Tensor:
+        v = v.contiguous()
         turned = v.clone()
         for each in self._factored:
             part = each.of(turned)
@@ -193,7 +195,7 @@ class _Factored(NamedTuple):
     factors: list[_Factor]
 
     def of(self, vector: Tensor) -> Tensor:
-        """The tensor's part of vectors (..., n), as matrices that share their memory."""
+        """The tensor's part of contiguous vectors (..., n), as matrices that share their memory."""
         if vector.dim() == 1:  # in one call, for this is done some ten times a step
             return vector.as_strided(self.shape, (self.shape[1], 1), vector.storage_offset() + self.first)
         return vector[..., self.first : self.end].view(*vector.shape[:-1], *self.shape)

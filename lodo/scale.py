@@ -19,6 +19,8 @@ from torch import Tensor
 from lodo import kernels, meta
 from lodo.scalars import Number, add_decayed_, is_tensor
 
+LARGEST_LOG = 64.0  # of a factor S^power: float32 has no S^-1 for the smallest S, and infinity times zero is no number
+
 
 class Scale:
     """The scales of one param group.
@@ -58,11 +60,11 @@ class Scale:
         add_decayed_(self.moves, step, 1 - active * (1 - trace))
 
     def multiply_(self, vector: Tensor, power: float) -> Tensor:
-        """S^power times a vector of shape (n,), in place. Returns the vector."""
+        """S^power, within exp(+-LARGEST_LOG), times a vector of shape (n,), in place. Returns the vector."""
         if self._is_native:
-            kernels.native.scale_multiply_(vector, self.table, power, self._offsets)
+            kernels.native.scale_multiply_(vector, self.table, power, LARGEST_LOG, self._offsets)
             return vector
-        factors = torch.exp(power * self.table[0]).to(vector.dtype)
+        factors = (power * self.table[0]).clamp_(-LARGEST_LOG, LARGEST_LOG).exp_().to(vector.dtype)
         parts = list(vector.split(self._lengths))
         torch._foreach_mul_(parts, factors.tolist() if vector.device.type == "cpu" else list(factors.unbind()))
         return vector

@@ -14,12 +14,14 @@ from torch import Tensor
 from lodo import meta
 from lodo.bases import BASES
 from lodo.composite import Composite
+from lodo.mixture import Mixture
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import random_words, to_bfloat16
 from lodo.scale import Scale
 from lodo.step import lodo_step, shorten_
 
 Gradients = Sequence[Tensor | None]
+WIDE = {"scale", "mixture"}  # the tables, of float64 whatever the parameters are
 
 
 class Replay:
@@ -29,7 +31,7 @@ class Replay:
         values: what the parameters must be.
         options: of the group, complete, lr a plain float.
         network, momentum, moments: None before the first call with a gradient.
-        extras: what trace, base and scale keep, by the names it has in the optimizer's state.
+        extras: what trace, base, scale and mixture keep, by the names it has in the optimizer's state.
     """
 
     def __init__(
@@ -75,16 +77,18 @@ class Replay:
             moments = meta.start_moments(self.network.theta) if self.moments is None else self.moments
             self.moments = (moments[0].to(self.kept("meta_state_dtype")), moments[1].to(self.kept("meta_state_dtype")))
 
-        for name in self.extras.keys() - {"scale"}:
+        for name in self.extras.keys() - WIDE:
             self.extras[name] = self.extras[name].to(self.dtype)
         missing = self.missing()
         for name in missing:
-            dtype = torch.float64 if name == "scale" else self.dtype
+            dtype = torch.float64 if name in WIDE else self.dtype
             self.extras[name] = torch.zeros(self.shapes()[name], dtype=dtype)
         if "trace" in missing:
             self.extras["trace"].copy_(self.momentum)
         if "base_exp_avg_sq" in missing:
             BASES[self.options["base"]]([value.shape for value in self.values], self.extras).start_()
+        if "mixture" in missing:
+            self.mixture().start_(self.options["beta"])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the extras that the options ask for."""
@@ -92,10 +96,18 @@ class Replay:
         found: dict[str, tuple[int, ...]] = {"trace": (n,)} if options["trace"] > 0 else {}
         if options["base"] is not None:
             found |= BASES[options["base"]].tensor_shapes(n, [value.shape for value in self.values])
+        if options["decays"] is not None:
+            count = len(options["decays"])
+            found |= {"momenta": (count, n), "mixture": (3, count, len(self.values))}
         return {**found, "scale": (3, len(self.values)), "moves": (n,)} if options["scale_lr"] > 0 else found
 
     def missing(self) -> list[str]:
         return [name for name in self.shapes() if name not in self.extras]
+
+    def mixture(self) -> Mixture | None:
+        """Of momenta, if the options ask for one."""
+        decays, lengths = self.options["decays"], [value.numel() for value in self.values]
+        return None if decays is None else Mixture(self.extras["momenta"], self.extras["mixture"], decays, lengths)
 
     def operator(self, steps: Any) -> Operator:
         """G / lr of the last step."""
@@ -124,13 +136,14 @@ class Replay:
         learning = self.steps % options["meta_every"] == 0
         self.meta_step += learning and options["meta_lr"] > 0
         moments = self.moments if self.uses_moments else None
-        if options["base"] is not None:
+        if options["base"] is not None and options["decays"] is None:  # a mixture corrects each of its momenta
             lr = number(lr) / (1 - options["beta"] ** steps)
         if isinstance(operator, Composite) and operator.scale is not None:
             operator.scale.learn_(gradient, options["scale_lr"], steps, number(True))
         scalars = [number(value) for value in (self.meta_step, self.last_lr, float(lr), True, learning)]
         chosen = {name: options[name] for name in ("beta", "meta_lr", "meta_optimizer", "max_condition", "trace")}
         chosen |= {"e": self.extras.get("trace"), "steps": steps}
+        chosen |= {"mixture": self.mixture(), "mix_lr": options["mix_lr"]}
         step = lodo_step(gradient, momentum, operator, moments, *scalars, **chosen)
         words = random_words(0, self.size, -self.steps, gradient.device)
         self.momentum = to_bfloat16(momentum, words) if options["momentum_dtype"] == "bfloat16" else momentum

@@ -77,6 +77,7 @@ RATES: dict[str, st.SearchStrategy[Any]] = {
     "trace": st.sampled_from((0.0, 0.5, 0.9)),
     "scale_lr": st.sampled_from((0.0, 0.01)),
     "scale_trace": st.sampled_from((0.0, 0.9)),
+    "mix_lr": st.sampled_from((0.0, 0.01, 0.3)),
     "meta_every": st.sampled_from((1, 2, 3)),
     "meta_state_dtype": st.sampled_from((None, "bfloat16")),
     "momentum_dtype": st.sampled_from((None, "bfloat16")),
@@ -86,6 +87,9 @@ RATES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+DECAYS = (None, None, (0.9,), (0.0, 0.99), (0.5, 0.0, 0.9, 0.999))
+
+
 def rates() -> st.SearchStrategy[dict[str, Any]]:
     """The options of a param group that have nothing to do with the shape of its network, but for lr."""
     return st.fixed_dictionaries({}, optional=RATES)
@@ -93,8 +97,8 @@ def rates() -> st.SearchStrategy[dict[str, Any]]:
 
 def options(bases: tuple[str | None, ...] = (None, None, "adam", "soap")) -> st.SearchStrategy[dict[str, Any]]:
     """All the options of a param group but for lr."""
-    base = st.fixed_dictionaries({"base": st.sampled_from(bases)})
-    return st.builds(lambda *parts: possible({**parts[0], **parts[1], **parts[2]}), architectures(), base, rates())
+    parts = st.fixed_dictionaries({"base": st.sampled_from(bases), "decays": st.sampled_from(DECAYS)})
+    return st.builds(lambda *drawn: possible({**drawn[0], **drawn[1], **drawn[2]}), architectures(), parts, rates())
 
 
 def possible(options: dict[str, Any]) -> dict[str, Any]:

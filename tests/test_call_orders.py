@@ -23,9 +23,11 @@ from torch import Tensor
 
 import lodo
 from lodo import scalars
+from lodo.state import EXTRA_KEYS
 
 KERNELS = (*draw.KERNELS, "scalars on the device")
-ARCHITECTURE = ("preconditioner", "depth", "block_size", "expansion", "permutation", "base", "seed")
+ARCHITECTURE = ("preconditioner", "depth", "block_size", "expansion", "permutation", "base", "decays", "seed")
+REPLACED = ("theta", "theta_exp_avg", "momentum", "last_lr", "steps", *EXTRA_KEYS)
 COUNTS: Counter[str] = Counter()
 
 which = st.integers(0, 3)
@@ -298,11 +300,7 @@ class CallOrders(RuleBasedStateMachine):
         self.params, self.optimizer = how((self.params, self.optimizer))
         self.scheduler = None
 
-    @rule(
-        name=st.sampled_from(
-            ("theta", "theta_exp_avg", "momentum", "last_lr", "steps", "trace", "base_factors", "scale", "moves")
-        )
-    )
+    @rule(name=st.sampled_from(REPLACED))
     def replace_state(self, name: str) -> None:
         """By copies, as whoever moves it elsewhere and back does."""
         for entry in self.optimizer.state.values():

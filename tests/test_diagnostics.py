@@ -59,6 +59,37 @@ def test_figures_are_those_of_the_last_step_and_of_g(kind, kernel):
     assert all(type(value) is float for value in found.values())
 
 
+@pytest.mark.parametrize("parts", [{"trace": 0.5}, {"scale_lr": 1e-300}, {"decays": (0.0, 0.9)}], ids=str)
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+@pytest.mark.parametrize("kind", ["block_permutation", "log_diagonal"])
+def test_the_figures_know_the_parts_of_g(kind, base, parts):
+    """Whatever the coordinates in which the optimizer computes."""
+    optimizer, x, gradient = trained(kind, steps=0, base=base, meta_optimizer="sgd", lr=0.0, **parts)
+    for _ in range(12):  # gradients along all coordinates, before steps are made along them
+        x.grad = torch.randn_like(x)
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    for _ in range(3):
+        gradient()
+        optimizer.step()
+    gradient()
+    before = x.detach().clone()
+    optimizer.step()
+    step = before - x.detach()
+    gradient()
+    (found,) = optimizer.diagnostics(probes=2, iterations=SIZE)
+    eigenvalues = 0.1 * torch.linalg.eigvalsh(optimizer.preconditioners[0].to_dense())
+    before = oracle.learned(network := getattr(optimizer.preconditioners[0], "network", optimizer.preconditioners[0]))
+    optimizer.step()
+    assert found["step_norm"] == pytest.approx(step.norm().item(), rel=1e-9)
+    cosine = torch.dot(step, x.grad) / (step.norm() * x.grad.norm())
+    assert found["step_gradient_cosine"] == pytest.approx(cosine.item(), rel=1e-9)
+    moved = torch.linalg.vector_norm(oracle.learned(network) - before).item()
+    assert found["hypergradient_norm"] == pytest.approx(moved / 0.02, rel=1e-9)
+    assert found["eigenvalue_min"] == pytest.approx(eigenvalues[0].item(), rel=1e-6)
+    assert found["eigenvalue_max"] == pytest.approx(eigenvalues[-1].item(), rel=1e-9)
+
+
 def test_the_singular_values_are_those_of_the_blocks(kernel):
     optimizer, _, _ = trained(block_size=3, meta_lr=0.1)
     values = torch.linalg.svdvals(optimizer.preconditioners[0].blocks)

@@ -1,8 +1,10 @@
 """The learned mixture of momenta, against plain forms of its own in float64."""
 
+import copy
+
 import pytest
 import torch
-from test_parts import backward, built, entry_of, flat, loss_of, made, trained
+from test_parts import NETWORKS, backward, built, entry_of, flat, loss_of, made, rotated_back, scales, trained
 from torch import nn
 
 import lodo
@@ -48,6 +50,7 @@ def test_one_decay_alone_is_the_corrected_momentum(base):
 @pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
 @pytest.mark.parametrize("base", [None, "adam", "soap"])
 def test_the_hypergradient_of_the_weights_is_that_of_autograd(kind, base):
+    """Over lr, and with what the step did to a tensor divided by its scale."""
     params, optimizer = trained(kind, SHAPES, steps=7, decays=DECAYS, base=base, scale_lr=0.05, mix_lr=0.05)
     entry, lr = entry_of(optimizer), optimizer.param_groups[0]["lr"]
     backward(params)
@@ -56,12 +59,15 @@ def test_the_hypergradient_of_the_weights_is_that_of_autograd(kind, base):
     optimizer.step()
     dense = optimizer.preconditioners[0].to_dense()
     u = entry["mixture"][0].clone().requires_grad_()
-    landed = start - lr * dense @ mixed(u.softmax(0), entry["momenta"].clone(), params, 8)
+    momenta = rotated_back(optimizer, entry["momenta"])
+    landed = start - lr * dense @ mixed(u.softmax(0), momenta, params, 8)
     torch.testing.assert_close(landed.detach(), flat(params), rtol=1e-12, atol=1e-12)
-    (h,) = torch.autograd.grad(loss_of(landed), u)
     backward(params)
     before = entry["mixture"][1].clone()
     optimizer.step()
+    s = scales(params, optimizer)
+    assert (s - 1).abs().min() > 0.05
+    (h,) = torch.autograd.grad(loss_of(landed.detach() + (landed - landed.detach()) / s) / lr, u)
     found = (entry["mixture"][1] - meta.BETA1 * before) / (1 - meta.BETA1)
     torch.testing.assert_close(found, h, rtol=1e-9, atol=1e-12)
 
@@ -73,7 +79,7 @@ def test_weights_move_as_documented():
     backward(params)
     optimizer.step()
     after = entry["mixture"]
-    fall = after[1] / (1 - meta.BETA1**5) / (after[2] / (1 - meta.BETA2**5)).sqrt()
+    fall = after[1] / (1 - meta.BETA1**5) / (after[2] / (1 - meta.TABLE_BETA2**5)).sqrt()
     torch.testing.assert_close(after[0], before[0] - 0.02 * fall)
     late = 1000
     entry["steps"].fill_(late - 1)
@@ -81,8 +87,49 @@ def test_weights_move_as_documented():
     before = entry["mixture"].clone()
     backward(params)
     optimizer.step()
-    fall = after[1] / (1 - meta.BETA1**late) / (after[2] / (1 - meta.BETA2**late)).sqrt()
+    fall = after[1] / (1 - meta.BETA1**late) / (after[2] / (1 - meta.TABLE_BETA2**late)).sqrt()
     torch.testing.assert_close(after[0], before[0] - meta.DRIFT / late * fall)
+
+
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+def test_weights_wait_for_two_steps_and_for_one_that_moved(base, kernel):
+    """Nothing can be learned of them before, nor from the gradient after a step of lr = 0."""
+    params, optimizer = built("log_diagonal", SHAPES, decays=DECAYS, base=base, scale_lr=0.05, mix_lr=0.05)
+    group, tables = optimizer.param_groups[0], []
+    for step in range(1, 10):
+        group["lr"] = 0.0 if step in (5, 6) else 0.05
+        backward(params)
+        optimizer.step()
+        tables.append(entry_of(optimizer)["mixture"].clone())
+    for step in range(2, 10):
+        is_still = step in (2, 6, 7)
+        assert torch.equal(tables[step - 2], tables[step - 1]) == is_still
+        assert not ((tables[step - 2] == tables[step - 1]).any() and not is_still)
+    assert not tables[1][1:].any()
+
+
+@pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+def test_how_fast_weights_and_network_learn_does_not_hang_on_the_scales(base, kind, kernel):
+    """From the same gradient, momenta and network they take the same into their moments, whatever the scales are. (One
+    and the same for all tensors if the network mixes these.)"""
+    options = {"decays": DECAYS, "base": base, "scale_lr": 1e-300, "meta_lr": 0.02, "trace": 0.5}
+    params, first = trained(kind, SHAPES, steps=7, **options)
+    logs = torch.tensor([-8.0] * 3 if kind == "block_permutation" else [-8.0, 3.0, -0.5], dtype=torch.float64)
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    second = lodo.LODO(others, preconditioner=kind, **NETWORKS[kind], base=base, decays=DECAYS)
+    saved = copy.deepcopy(first.state_dict())
+    saved["state"][0]["scale"][0] = logs
+    second.load_state_dict(saved)
+    x = flat(params)
+    backward(params), backward(others)
+    first.step(), second.step()
+    for name in ("mixture", "theta_exp_avg", "theta_exp_avg_sq", "theta"):
+        found, expected = entry_of(second)[name], entry_of(first)[name]
+        size = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12 * size)
+    ratio = ((flat(others) - x) / (flat(params) - x)).log()
+    torch.testing.assert_close(ratio, logs.repeat_interleave(torch.tensor([12, 5, 1])), rtol=0, atol=1e-6)
 
 
 def test_a_mixture_learns_to_do_without_momentum_and_to_use_much_of_it():

@@ -63,6 +63,19 @@ def entry_of(optimizer):
     return optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 
+def rotated_back(optimizer, v):
+    """Vectors (..., n) that the optimizer keeps, in the coordinates of the parameters."""
+    operator = optimizer.preconditioners[0]
+    return torch.stack([operator.rotate_back(row) for row in v]) if v.dim() > 1 else operator.rotate_back(v)
+
+
+def scales(params, optimizer):
+    """S, one number for each element; ones if there are no scales."""
+    lengths = torch.tensor([p.numel() for p in params])
+    logs = entry_of(optimizer).get("scale", torch.zeros(1, len(params), dtype=torch.float64))[0]
+    return logs.exp().repeat_interleave(lengths)
+
+
 def dense_of(product, size):
     return torch.stack([product(column) for column in torch.eye(size, dtype=torch.float64)], 1)
 
@@ -135,7 +148,8 @@ def dense_adam(entry, beta2=0.999):
 
 
 class DenseSoap:
-    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n."""
+    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n. Of two gradients one
+    goes into the factors, with the weight of both, so that these forget as fast as they would by taking every one."""
 
     def __init__(self, shapes, sides, x):
         self.shapes, self.x = shapes, x.clone()
@@ -151,7 +165,9 @@ class DenseSoap:
         for shape, part, own, theirs in zip(self.shapes, parts, self.factors, found, strict=True):
             matrix = part.view(as_matrix(shape))
             for side, factor in own.items():
-                factor[0] = 0.999 * factor[0] + 0.001 * (matrix @ matrix.T if side == 0 else matrix.T @ matrix)
+                if t == 1 or t % 2 == 0:
+                    square = matrix @ matrix.T if side == 0 else matrix.T @ matrix
+                    factor[0] = 0.999**2 * factor[0] + (1 - 0.999**2) * square
                 if t == 1:
                     factor[1] = theirs[side][1].clone()
                     turned = factor[1].T @ factor[0] @ factor[1]
@@ -229,6 +245,62 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
         operator.matvec(v[1:])
 
 
+@pytest.mark.parametrize("scale_lr", [0.0, 0.05])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
+    """In these T is diagonal; `matvec` takes a vector there and back. A diagonal network or none is no special case."""
+    params, optimizer = trained(kind, base=base, scale_lr=scale_lr, meta_lr=0.02)
+    operator, entry, n = optimizer.preconditioners[0], entry_of(optimizer), sum(p.numel() for p in params)
+    network, root, q = getattr(operator, "network", operator), scales(params, optimizer).sqrt(), torch.eye(n).double()
+    if base is not None:
+        root = root * dense_adam(entry).sqrt()
+    if base == "soap":
+        q = dense_basis(SHAPES, factors_in(entry["base_factors"], [FULL, [], [], [(0, 2)], [], []]))
+        assert (q - torch.eye(n)).abs().max() > 0.1
+    v = torch.randn(n, dtype=torch.float64)
+    kept = v.clone()
+    product = root * v if kind == "identity" else matvec(network, learned(network), root * v)
+    found, expected = operator.apply(v), root * product
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * size)
+    assert found.data_ptr() != v.data_ptr()
+    torch.testing.assert_close(operator.rotate(v), q.T @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(operator.rotate_back(v), q @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        operator.rotate(operator.matvec(operator.rotate_back(v))), found, rtol=0, atol=1e-12 * size
+    )
+    assert torch.equal(v, kept)
+
+
+@pytest.mark.parametrize("decays", [None, (0.0, 0.9, 0.99)])
+@pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
+def test_what_is_kept_is_turned_with_the_basis(kind, decays, kernel):
+    """Turned back it is what plain averages of the gradients are, through four changes of the basis."""
+    params, optimizer = built(kind, base="soap", trace=0.7, decays=decays, mix_lr=0.02, scale_lr=0.01, meta_lr=0.02)
+    n, lengths = sum(p.numel() for p in params), [p.numel() for p in params]
+    each = torch.tensor(decays or (0.9,), dtype=torch.float64)[:, None]
+    momenta, e, bases = torch.zeros(len(each), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), []
+    for t in range(1, 36):
+        gradient = backward(params)
+        optimizer.step()
+        entry = entry_of(optimizer)
+        momenta = each * momenta + (1 - each) * gradient
+        m = momenta[0]
+        if decays:
+            w = entry["mixture"][0].softmax(0).repeat_interleave(torch.tensor(lengths), dim=1)
+            m = (w * momenta / (1 - each**t)).sum(0)
+            torch.testing.assert_close(rotated_back(optimizer, entry["momenta"]), momenta, rtol=0, atol=1e-12)
+        e = 0.7 * e + m
+        momentum = flat(optimizer.state[p]["momentum"] for p in params)
+        torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rotated_back(optimizer, entry["trace"]), e, rtol=0, atol=1e-12)
+        if not bases or not torch.equal(bases[-1], entry["base_factors"][9:18]):  # of the first tensor's rows
+            bases.append(entry["base_factors"][9:18].clone())
+    assert len(bases) == 4
+    assert min(float((old - new).abs().max()) for old, new in zip(bases[1:], bases, strict=False)) > 1e-3
+
+
 # ---- what the network learns ---------------------------------------------------------------------------------------
 
 
@@ -237,7 +309,8 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "identity"])
 def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, trace, kernel):
-    """That of the loss with theta free in the steps that led here, those before the last counted by their age."""
+    """That of the loss with theta free in the steps that led here, those before the last counted by their age, and what
+    they did to a tensor divided by its scale."""
     settings = {"trace": trace, "base": base, "scale_lr": scale_lr, "beta": 0.6, "meta_optimizer": "sgd"}
     params, optimizer = built(kind, meta_lr=0.02, **{**settings, "lr": 0.0})
     m = e = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
@@ -255,15 +328,17 @@ def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, tr
         theta = learned(network).requires_grad_()
         lr = 0.0 if t == WARM else 0.05 if base is None else 0.05 / (1 - 0.6**t)
         step = lr * coordinates.T @ matvec(network, theta, coordinates @ e)
-        loss_of(flat(params) + step.detach() - step).backward()
-        gradient = backward(params)
+        x, gradient = flat(params), backward(params)
         optimizer.step()
+        loss_of(x + (step.detach() - step) / scales(params, optimizer)).backward()
         error = torch.linalg.vector_norm(learned(network) - (theta - 0.02 * theta.grad).detach())
         assert error <= 1e-9 * 0.02 * torch.linalg.vector_norm(theta.grad)
         m = 0.6 * m + 0.4 * gradient
         e = trace * e + m
     if trace:
-        torch.testing.assert_close(entry_of(optimizer)["trace"], e, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(rotated_back(optimizer, entry_of(optimizer)["trace"]), e, rtol=1e-12, atol=1e-13)
+    momentum = flat(optimizer.state[p]["momentum"] for p in params)
+    torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=1e-12, atol=1e-13)
 
 
 def test_without_a_trace_the_state_has_none_and_one_that_is_switched_off_is_the_paper():
@@ -348,7 +423,7 @@ def test_the_scales_of_a_network_that_mixes_tensors_have_the_right_sum(base):
         table = entry_of(optimizer)["scale"].clone()
         s = torch.zeros(len(TENSORS), dtype=torch.float64, requires_grad=True)
         root = torch.exp(s / 2).repeat_interleave(lengths)
-        m = flat(optimizer.state[p]["momentum"] for p in params)
+        m = rotated_back(optimizer, flat(optimizer.state[p]["momentum"] for p in params))
         lr = 0.05 if base is None else 0.05 / (1 - 0.9**t)
         landed = start - lr * root * (optimizer.preconditioners[0].to_dense() @ (root * m))
         torch.testing.assert_close(landed.detach(), flat(params), rtol=0, atol=1e-7 if base == "soap" else 1e-12)
@@ -367,9 +442,9 @@ def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
         optimizer.step()
         parts = zip(g.split([p.numel() for p in params]), moves.split([p.numel() for p in params]), strict=True)
         h = torch.stack([-(part * move).sum() for part, move in parts])
-        m, v = 0.9 * m + 0.1 * h, 0.999 * v + 0.001 * h**2
+        m, v = 0.9 * m + 0.1 * h, 0.995 * v + 0.005 * h**2
         if t > 1:
-            s = s - min(0.2, 5 / t) * (m / (1 - 0.9**t)) / (v / (1 - 0.999**t)).sqrt()
+            s = s - min(0.2, 5 / t) * (m / (1 - 0.9**t)) / (v / (1 - 0.995**t)).sqrt()
         torch.testing.assert_close(entry_of(optimizer)["scale"][0], s, rtol=1e-9, atol=1e-12)
     assert s.abs().max() > 0.5
 

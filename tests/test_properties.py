@@ -183,8 +183,8 @@ def test_a_vector_may_be_of_any_dtype_and_layout_and_is_not_written(g, kernel, d
 )
 def test_parameters_of_a_group_are_one_vector(plans, options, dtype, kernel):
     """However it is cut into tensors and whatever their layouts: the same steps, bit for bit. But for what there is
-    for each tensor by itself: scales, and eigenbases."""
-    options = {name: value for name, value in options.items() if name != "scale_lr"}
+    for each tensor by itself: scales, weights of momenta, and eigenbases."""
+    options = {name: value for name, value in options.items() if name not in ("scale_lr", "decays")}
     params = [nn.Parameter(draw.laid_out(plan.make().detach().to(dtype), plan.layout)) for plan in plans]
     whole = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in params]))
     with draw.running(kernel):

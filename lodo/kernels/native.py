@@ -80,8 +80,8 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("mixture_learn", [pointer] * 5 + [size] * 2 + [integer] + [number] * 7),
             ("mixture_mix", [pointer] * 6 + [size] * 2 + [integer] + [number] * 2),
             ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 6),
-            ("scale_multiply", [pointer] * 3 + [size] + [integer] + [number]),
-            ("adam_gains", [pointer] * 5 + [size] + [integer] + [number] * 3),
+            ("scale_multiply", [pointer] * 3 + [size] + [integer] + [number] * 2),
+            ("adam_gains", [pointer] * 5 + [size] + [integer] + [number] * 4),
             ("log_diagonal_learn", [pointer] * 5 + [size] + [integer] + [number] * 6),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
@@ -203,18 +203,25 @@ def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: m
     _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.TINY)
 
 
-def scale_multiply_(vector: Tensor, table: Tensor, power: float, offsets: Tensor) -> None:
+def scale_multiply_(vector: Tensor, table: Tensor, power: float, largest: float, offsets: Tensor) -> None:
     """`lodo.scale.Scale.multiply_`."""
-    _call_parts("scale_multiply", (vector, table, offsets), table.shape[1:], power)
+    _call_parts("scale_multiply", (vector, table, offsets), table.shape[1:], power, largest)
 
 
 def adam_gains(
-    exp_avg_sq: Tensor, g: Tensor | None, table: Tensor | None, offsets: Tensor, weight: float, bias: float, eps: float
+    exp_avg_sq: Tensor,
+    g: Tensor | None,
+    table: Tensor | None,
+    offsets: Tensor,
+    weight: float,
+    bias: float,
+    eps: float,
+    largest: float,
 ) -> Tensor:
-    """`lodo.bases.AdamBase.observe_` of a gradient, if there is one, and S D for `gains` and the scales of a table."""
+    """`lodo.bases.AdamBase.gains`, of a gradient g if there is one, with the scales of a table if there are any."""
     gains = torch.empty_like(exp_avg_sq)
     tensors = (exp_avg_sq, g, gains, table, offsets)
-    _call_parts("adam_gains", tensors, (len(offsets) - 1,), weight, bias, eps)
+    _call_parts("adam_gains", tensors, (len(offsets) - 1,), weight, bias, eps, largest)
     return gains
 
 

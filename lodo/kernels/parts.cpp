@@ -145,9 +145,10 @@ void scale_learn(const T *g, const T *moves, double *table, const int64_t *offse
 }
 
 template <typename T>
-void scale_multiply(T *vector, const double *table, double power, const int64_t *offsets, int64_t tensors, int threads) {
+void scale_multiply(T *vector, const double *table, double power, double largest, const int64_t *offsets,
+                    int64_t tensors, int threads) {
   Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
-    const T factor = T(std::exp(power * table[at.tensor]));
+    const T factor = T(std::exp(std::clamp(power * table[at.tensor], -largest, largest)));
 #pragma omp simd
     for (int64_t i = at.first; i < at.end; ++i) vector[i] *= factor;
   });
@@ -155,9 +156,9 @@ void scale_multiply(T *vector, const double *table, double power, const int64_t 
 
 template <typename T>
 void adam_gains(T *square, const T *g, T *gains, const double *table, const int64_t *offsets, int64_t tensors,
-                int threads, T weight, T inverse_bias, T eps) {
+                int threads, T weight, T inverse_bias, T eps, double largest) {
   Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
-    const T scale = table == nullptr ? T(1) : T(std::exp(table[at.tensor]));
+    const T scale = table == nullptr ? T(1) : T(std::exp(std::clamp(table[at.tensor], -largest, largest)));
     if (g != nullptr) {
 #pragma omp simd
       for (int64_t i = at.first; i < at.end; ++i) square[i] += weight * (g[i] * g[i] - square[i]);
@@ -208,13 +209,13 @@ void log_diagonal_learn(T *theta, T *mean, T *square, const T *reply, const T *m
     scale_learn(g, moves, table, offsets, tensors, threads, {rate, forget1, forget2, bias1, bias2, tiny});             \
   }                                                                                                                    \
   extern "C" void lodo_scale_multiply_##SUFFIX(T *vector, const double *table, const int64_t *offsets,                 \
-                                               int64_t tensors, int threads, double power) {                           \
-    scale_multiply(vector, table, power, offsets, tensors, threads);                                                   \
+                                               int64_t tensors, int threads, double power, double largest) {           \
+    scale_multiply(vector, table, power, largest, offsets, tensors, threads);                                          \
   }                                                                                                                    \
   extern "C" void lodo_adam_gains_##SUFFIX(T *square, const T *g, T *gains, const double *table,                       \
                                            const int64_t *offsets, int64_t tensors, int threads, double weight,        \
-                                           double bias, double eps) {                                                  \
-    adam_gains(square, g, gains, table, offsets, tensors, threads, T(weight), T(1 / bias), T(eps));                    \
+                                           double bias, double eps, double largest) {                                  \
+    adam_gains(square, g, gains, table, offsets, tensors, threads, T(weight), T(1 / bias), T(eps), largest);           \
   }                                                                                                                    \
   extern "C" void lodo_log_diagonal_learn_##SUFFIX(                                                                    \
       T *theta, T *mean, T *square, const T *reply, const T *m, int64_t size, int threads, double lr,                  \
