@@ -477,11 +477,10 @@ def test_momentum_in_coordinates_that_torch_leaves_out_is_dropped():
     (model, _), (other, _) = plain_run(), plain_run()
     optimizer, loaded = (lodo.LODO(each.parameters(), **settings) for each in (model, other))
     train(model, optimizer, 0, 4)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
     other[0].requires_grad_(False)
     with pytest.warns(UserWarning, match="momentum without the network that it belongs to"):
-        set_optimizer_state_dict(
-            other, loaded, get_optimizer_state_dict(model, optimizer, options=options), options=options
-        )
+        set_optimizer_state_dict(other, loaded, saved, options=options)
     assert not any(loaded.state[p]["momentum"].any() for p in other.parameters())
 
 
