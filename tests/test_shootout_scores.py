@@ -13,6 +13,7 @@ from benchmarks.shootout.scores import (
     outcomes,
     profile,
     reached_at,
+    slowdown,
     summarise,
 )
 
@@ -105,3 +106,17 @@ def test_wrong_learning_rates_are_compared_at_the_same_seeds():
     factors = at_factors(robust, finals)
     assert list(factors) == [0.1, 1.0, 10.0]
     assert goal(factors[1.0]["a", "AdamW"]) == 1.0
+
+
+def test_a_slowdown_is_the_median_of_the_tasks_that_both_have():
+    def found(**steps):
+        reference = [result(falling(1.0))]
+        return {
+            task: outcome([result(falling(1.0, at) if at else falling(2.0))], reference) for task, at in steps.items()
+        }
+
+    right = found(a=4, b=5, c=8, d=None)
+    assert slowdown(found(a=6, b=5, c=None), right) == pytest.approx(1.5)  # of 1.5, 1 and 20 / 8
+    assert slowdown(found(c=None, d=None), right) == pytest.approx(1.75)  # of 20 / 8 and 20 / 20
+    assert slowdown(found(d=10, e=1), right) == pytest.approx(0.5)
+    assert math.isnan(slowdown(found(e=1), right))

@@ -158,6 +158,14 @@ def outcomes(runs: Runs, reference: Runs, contender: str, tasks: Iterable[str], 
     return {task: each for task, each in found.items() if each is not None}
 
 
+def slowdown(wrong: Mapping[str, Outcome], right: Mapping[str, Outcome]) -> float:
+    """How many times as many steps the goals take as with the right learning rate: the median over the tasks of both, a
+    goal that is not reached counting as `PENALTY` budgets; NaN without tasks."""
+    shared = [(wrong[task], right[task]) for task in wrong if task in right]
+    ratios = [each.penalised(each.steps, 1.0) / other.penalised(other.steps, 1.0) for each, other in shared]
+    return median(ratios) if ratios else math.nan
+
+
 def profile(outcomes: Iterable[Outcome], tasks: int, axis: str) -> tuple[list[float], list[float]]:
     """The share of `tasks` whose goal is reached by a fraction of the budget, as the corners of a staircase.
 
