@@ -76,20 +76,33 @@ class AdamBase:
         """
         return rotated
 
-    def gains(self, steps: Number, scale: Scale | None, rotated: Tensor | None = None, active: Number = 1) -> Tensor:
-        """The diagonal of S D, shape (n,), with v corrected for its start at zero; S is the identity without `scale`.
+    def gains(
+        self,
+        steps: Number,
+        scale: Scale | None,
+        others: Tensor | None = None,
+        rotated: Tensor | None = None,
+        active: Number = 1,
+    ) -> Tensor:
+        """The diagonal of S D, shape (n,), with v corrected for its start at zero.
 
-        Takes a gradient into v before, if there is one: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
+        Args:
+            steps: that were taken.
+            scale: S; None for the identity.
+            others: gains to multiply it with, shape (n,).
+            rotated: Q^T g, to be taken into v before: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
+            active: whether to.
         """
         bias, weight = 1 - DECAY ** (steps + (steps < 1)), active * (1 - DECAY)
         if self._is_native:
             table = None if scale is None else scale.table
             numbers = (weight, bias, EPS, LARGEST_LOG)
-            return kernels.native.adam_gains(self.exp_avg_sq, rotated, table, self._offsets, *numbers)
+            return kernels.native.adam_gains(self.exp_avg_sq, rotated, others, table, self._offsets, *numbers)
         if rotated is not None:
             self.exp_avg_sq.lerp_(rotated * rotated, weight)
         gains = torch.sqrt(self.exp_avg_sq / bias).add_(EPS).reciprocal_()
-        return gains if scale is None else scale.multiply_(gains, 1.0)
+        gains = gains if scale is None else scale.times(gains, 1.0)
+        return gains if others is None else gains.mul_(others)
 
 
 class SoapBase(AdamBase):

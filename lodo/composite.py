@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.bases import AdamBase
-from lodo.preconditioners import LogDiagonal, Operator, Preconditioner
+from lodo.preconditioners import Identity, LogDiagonal, Operator, Preconditioner
 from lodo.scalars import Number
 from lodo.scale import Scale
 
@@ -26,9 +26,8 @@ class Composite(Operator):
         scale: S; None for the identity.
     """
 
-    _squares: Tensor
-    _root: Tensor | None
     _gains: Tensor | None
+    _root: Tensor | None
 
     def __init__(self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: Number) -> None:
         self.network, self.base, self.scale = network, base, scale
@@ -43,7 +42,7 @@ class Composite(Operator):
     def root(self) -> Tensor:
         """The diagonal of (S D)^1/2, shape (n,)."""
         if self._root is None:
-            self._root = self._squares.sqrt()
+            self._root = self._squares(self._steps).sqrt_()
         return self._root
 
     def whiten(self, v: Tensor) -> Tensor:
@@ -57,19 +56,25 @@ class Composite(Operator):
         return v if self.base is None else self.base.rotate_back(v)
 
     def balance(self, g: Tensor) -> Tensor:
-        return g if self.scale is None else self.scale.multiply_(g.clone(), -1.0)
+        """S^-1 g: what the network learns from."""
+        return g if self.scale is None else self.scale.times(g, -1.0)
 
     def apply(self, v: Tensor) -> Tensor:
         if self._gains is not None:
             return v * self._gains
         return self.network.apply(v * self.root).mul_(self.root)
 
+    def reply(self, g: Tensor) -> Tensor:
+        if self._gains is not None and self.scale is not None:
+            return self.scale.times(g, -1.0, self._gains)
+        return self.apply(self.balance(g))
+
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        """As a network's; T is that of the last step until `observe_` is called."""
+        """As a network's, but from `balance` of g; T is that of the last step until `observe_` is called."""
         if self._gains is not None and isinstance(self.network, LogDiagonal):
-            self.network.learn_from_(self.apply(g), m, lr, moments, rates)
+            self.network.learn_from_(self.reply(g), m, lr, moments, rates)
         elif self.theta.numel() > 0:
-            self.network.learn_(g * self.root, m * self.root, lr, moments, rates)
+            self.network.learn_(self.balance(g) * self.root, m * self.root, lr, moments, rates)
 
     def bound_condition_(self, largest: float) -> None:
         self.network.bound_condition_(largest)
@@ -82,15 +87,22 @@ class Composite(Operator):
         return rotated
 
     def _refresh(self, steps: Number, rotated: Tensor | None = None, active: Number = 1) -> None:
-        """Computes S D, once a step, and all of the operator if it is diagonal."""
-        self._root = None
-        if self.base is not None:
-            self._squares = self.base.gains(steps, self.scale, rotated, active)
+        """Computes, once a step, all of the operator if it is diagonal, else `root`."""
+        self._steps, self._root, self._gains = steps, None, None
+        if isinstance(self.network, LogDiagonal | Identity):
+            others = self.network.diagonal() if isinstance(self.network, LogDiagonal) else None
+            self._gains = self._squares(steps, others, rotated, active)
         else:
-            assert self.scale is not None
-            self._squares = self.scale.multiply_(torch.ones_like(self.scale.moves), 1.0)
-        diagonal = self.network.diagonal()
-        self._gains = None if diagonal is None else self._squares * diagonal
+            self._root = self._squares(steps, None, rotated, active).sqrt_()
+
+    def _squares(
+        self, steps: Number, others: Tensor | None = None, rotated: Tensor | None = None, active: Number = 1
+    ) -> Tensor:
+        """S D, times other gains, once the base has taken in a gradient."""
+        if self.base is not None:
+            return self.base.gains(steps, self.scale, others, rotated, active)
+        assert self.scale is not None
+        return self.scale.times(torch.ones_like(self.scale.moves), 1.0, others)
 
     def __repr__(self) -> str:
         base = "None" if self.base is None else repr(self.base.kind)

@@ -59,12 +59,12 @@ class Scale:
         active = active.to(step.dtype) if is_tensor(active) else active
         add_decayed_(self.moves, step, 1 - active * (1 - trace))
 
-    def multiply_(self, vector: Tensor, power: float) -> Tensor:
-        """S^power, within exp(+-LARGEST_LOG), times a vector of shape (n,), in place. Returns the vector."""
+    def times(self, vector: Tensor, power: float, by: Tensor | None = None) -> Tensor:
+        """S^power, within exp(+-LARGEST_LOG), times a vector of shape (n,), and times another one elementwise."""
         if self._is_native:
-            kernels.native.scale_multiply_(vector, self.table, power, LARGEST_LOG, self._offsets)
-            return vector
+            return kernels.native.scale_times(vector, by, self.table, power, LARGEST_LOG, self._offsets)
+        product = vector.clone() if by is None else by * vector
         factors = (power * self.table[0]).clamp_(-LARGEST_LOG, LARGEST_LOG).exp_().to(vector.dtype)
-        parts = list(vector.split(self._lengths))
+        parts = list(product.split(self._lengths))
         torch._foreach_mul_(parts, factors.tolist() if vector.device.type == "cpu" else list(factors.unbind()))
-        return vector
+        return product

@@ -81,12 +81,11 @@ def lodo_step(
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
         active, learning = active.to(m.dtype), learning.to(m.dtype)
     rotated = preconditioner.rotate(g)
-    judge = preconditioner.balance(rotated)
     if mixture is not None:
-        mixture.learn_(preconditioner.apply(judge), mix_lr, steps, active * (last_lr > 0))
+        mixture.learn_(preconditioner.reply(rotated), mix_lr, steps, active * (last_lr > 0))
     if meta_lr > 0 and (is_tensor(learning) or learning):
         rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype)
-        preconditioner.learn_(judge, m if e is None else e, last_lr, moments, rates)
+        preconditioner.learn_(rotated, m if e is None else e, last_lr, moments, rates)
         if max_condition is not None and learning:
             preconditioner.bound_condition_(max_condition)
     kept = [*([] if e is None else [e]), m if mixture is None else mixture.momenta]

@@ -164,15 +164,18 @@ def test_scales_learn_as_their_plain_form_does_in_float64(lengths, dtype, plain)
 
 @sizes
 @dtypes
-@pytest.mark.parametrize("power", [0.5, -1.0, 100.0])
-def test_scales_multiply_as_their_plain_form_does(lengths, dtype, power, plain):
+@pytest.mark.parametrize("has_other", [False, True])
+@pytest.mark.parametrize("power", [-1.0, 1.0, 100.0])
+def test_scales_multiply_as_their_plain_form_does(lengths, dtype, power, has_other, plain):
     ours, theirs = Scales(lengths, dtype), plain(Scales, lengths, dtype)
-    vectors = [random(sum(lengths), dtype=dtype, seed=5) for _ in range(2)]
-    found, expected = (own.scale.multiply_(v, power) for own, v in zip((ours, theirs), vectors, strict=True))
-    assert found is vectors[0]
+    vector, other = (random(sum(lengths), dtype=dtype, seed=seed) for seed in (5, 6))
+    before = vector.clone()
+    found, expected = (own.scale.times(vector, power, other if has_other else None) for own in (ours, theirs))
+    assert torch.equal(vector, before)
     torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
     by_hand = (power * ours.table[0]).clamp(-64, 64).exp().repeat_interleave(torch.tensor(lengths))
-    torch.testing.assert_close(found.double(), random(sum(lengths), dtype=dtype, seed=5) * by_hand, rtol=1e-6, atol=0)
+    by_hand = by_hand * vector * other if has_other else by_hand * vector
+    torch.testing.assert_close(found.double(), by_hand.double(), rtol=1e-6, atol=0)
 
 
 @sizes
@@ -193,7 +196,7 @@ def test_the_gains_of_a_base_are_those_of_its_plain_form(lengths, dtype, is_scal
             scale.table[0, -2:] = torch.tensor([-100.0, 100.0])[-len(lengths) :]  # bounded, for S must have an inverse
         before = base.gains(steps, scale)
         assert torch.equal(own["base_exp_avg_sq"], square.to(dtype))
-        after = base.gains(steps, scale, random(n, dtype=dtype, seed=3), 1)
+        after = base.gains(steps, scale, random(n, dtype=dtype, seed=4), random(n, dtype=dtype, seed=3), 1)
         found.append((before, after, own["base_exp_avg_sq"]))
     for ours, theirs in zip(*found, strict=True):
         assert ours.isfinite().all()
@@ -225,8 +228,8 @@ def test_threads_do_not_change_a_bit(dtype):
 
     def work():
         momenta, scales, gains = Momenta(lengths, dtype), Scales(lengths, dtype), Gains(150_000, dtype, "adam")
-        multiplied = scales.scale.multiply_(random(sum(lengths), dtype=dtype), 0.5)
-        root = AdamBase([square.shape], {"base_exp_avg_sq": square.clone()}).gains(3, None, square, 1)
+        multiplied = scales.scale.times(random(sum(lengths), dtype=dtype), 0.5)
+        root = AdamBase([square.shape], {"base_exp_avg_sq": square.clone()}).gains(3, None, square, square, 1)
         sgd = Gains(150_000, dtype, "sgd").learn_().copies()
         learned = momenta.learn_().mix_().copies()
         return [*learned, scales.learn_().table, multiplied, root, *gains.learn_().copies(), *sgd]

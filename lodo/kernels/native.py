@@ -80,8 +80,8 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("mixture_learn", [pointer] * 5 + [size] * 2 + [integer] + [number] * 7),
             ("mixture_mix", [pointer] * 6 + [size] * 2 + [integer] + [number] * 2),
             ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 6),
-            ("scale_multiply", [pointer] * 3 + [size] + [integer] + [number] * 2),
-            ("adam_gains", [pointer] * 5 + [size] + [integer] + [number] * 4),
+            ("scale_times", [pointer] * 5 + [size] + [integer] + [number] * 2),
+            ("adam_gains", [pointer] * 6 + [size] + [integer] + [number] * 4),
             ("log_diagonal_learn", [pointer] * 5 + [size] + [integer] + [number] * 6),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
@@ -203,14 +203,19 @@ def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: m
     _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.TINY)
 
 
-def scale_multiply_(vector: Tensor, table: Tensor, power: float, largest: float, offsets: Tensor) -> None:
-    """`lodo.scale.Scale.multiply_`."""
-    _call_parts("scale_multiply", (vector, table, offsets), table.shape[1:], power, largest)
+def scale_times(
+    vector: Tensor, by: Tensor | None, table: Tensor, power: float, largest: float, offsets: Tensor
+) -> Tensor:
+    """`lodo.scale.Scale.times`."""
+    out = torch.empty_like(vector)
+    _call_parts("scale_times", (vector, by, out, table, offsets), table.shape[1:], power, largest)
+    return out
 
 
 def adam_gains(
     exp_avg_sq: Tensor,
     g: Tensor | None,
+    others: Tensor | None,
     table: Tensor | None,
     offsets: Tensor,
     weight: float,
@@ -218,9 +223,9 @@ def adam_gains(
     eps: float,
     largest: float,
 ) -> Tensor:
-    """`lodo.bases.AdamBase.gains`, of a gradient g if there is one, with the scales of a table if there are any."""
+    """`lodo.bases.AdamBase.gains`, of a gradient g, with other gains, with the scales of a table, if there are any."""
     gains = torch.empty_like(exp_avg_sq)
-    tensors = (exp_avg_sq, g, gains, table, offsets)
+    tensors = (exp_avg_sq, g, others, gains, table, offsets)
     _call_parts("adam_gains", tensors, (len(offsets) - 1,), weight, bias, eps, largest)
     return gains
 

@@ -144,19 +144,26 @@ void scale_learn(const T *g, const T *moves, double *table, const int64_t *offse
   descend(table, tensors, h.data(), by);
 }
 
+// out = S^power * by * vector, without `by` if that is null.
 template <typename T>
-void scale_multiply(T *vector, const double *table, double power, double largest, const int64_t *offsets,
-                    int64_t tensors, int threads) {
+void scale_times(const T *vector, const T *by, T *out, const double *table, double power, double largest,
+                 const int64_t *offsets, int64_t tensors, int threads) {
   Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
     const T factor = T(std::exp(std::clamp(power * table[at.tensor], -largest, largest)));
+    if (by == nullptr) {
 #pragma omp simd
-    for (int64_t i = at.first; i < at.end; ++i) vector[i] *= factor;
+      for (int64_t i = at.first; i < at.end; ++i) out[i] = factor * vector[i];
+    } else {
+#pragma omp simd
+      for (int64_t i = at.first; i < at.end; ++i) out[i] = factor * (by[i] * vector[i]);
+    }
   });
 }
 
+// gains = S D, times `others` unless that is null, once v has taken in g unless that is null.
 template <typename T>
-void adam_gains(T *square, const T *g, T *gains, const double *table, const int64_t *offsets, int64_t tensors,
-                int threads, T weight, T inverse_bias, T eps, double largest) {
+void adam_gains(T *square, const T *g, const T *others, T *gains, const double *table, const int64_t *offsets,
+                int64_t tensors, int threads, T weight, T inverse_bias, T eps, double largest) {
   Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
     const T scale = table == nullptr ? T(1) : T(std::exp(std::clamp(table[at.tensor], -largest, largest)));
     if (g != nullptr) {
@@ -165,6 +172,10 @@ void adam_gains(T *square, const T *g, T *gains, const double *table, const int6
     }
 #pragma omp simd
     for (int64_t i = at.first; i < at.end; ++i) gains[i] = scale / (std::sqrt(square[i] * inverse_bias) + eps);
+    if (others != nullptr) {
+#pragma omp simd
+      for (int64_t i = at.first; i < at.end; ++i) gains[i] *= others[i];
+    }
   });
 }
 
@@ -208,14 +219,15 @@ void log_diagonal_learn(T *theta, T *mean, T *square, const T *reply, const T *m
                                             double bias1, double bias2, double tiny) {                                 \
     scale_learn(g, moves, table, offsets, tensors, threads, {rate, forget1, forget2, bias1, bias2, tiny});             \
   }                                                                                                                    \
-  extern "C" void lodo_scale_multiply_##SUFFIX(T *vector, const double *table, const int64_t *offsets,                 \
-                                               int64_t tensors, int threads, double power, double largest) {           \
-    scale_multiply(vector, table, power, largest, offsets, tensors, threads);                                          \
+  extern "C" void lodo_scale_times_##SUFFIX(const T *vector, const T *by, T *out, const double *table,                 \
+                                            const int64_t *offsets, int64_t tensors, int threads, double power,        \
+                                            double largest) {                                                          \
+    scale_times(vector, by, out, table, power, largest, offsets, tensors, threads);                                    \
   }                                                                                                                    \
-  extern "C" void lodo_adam_gains_##SUFFIX(T *square, const T *g, T *gains, const double *table,                       \
+  extern "C" void lodo_adam_gains_##SUFFIX(T *square, const T *g, const T *others, T *gains, const double *table,      \
                                            const int64_t *offsets, int64_t tensors, int threads, double weight,        \
                                            double bias, double eps, double largest) {                                  \
-    adam_gains(square, g, gains, table, offsets, tensors, threads, T(weight), T(1 / bias), T(eps), largest);           \
+    adam_gains(square, g, others, gains, table, offsets, tensors, threads, T(weight), T(1 / bias), T(eps), largest);   \
   }                                                                                                                    \
   extern "C" void lodo_log_diagonal_learn_##SUFFIX(                                                                    \
       T *theta, T *mean, T *square, const T *reply, const T *m, int64_t size, int threads, double lr,                  \

@@ -32,9 +32,10 @@ class Operator(ABC):
         """The inverse of `rotate`."""
         return v
 
-    def balance(self, g: Tensor) -> Tensor:
-        """A rotated gradient with each tensor's part counted as is best for learning; see `lodo.scale`."""
-        return g
+    def reply(self, g: Tensor) -> Tensor:
+        """What it makes of a rotated gradient that judges it: `apply`, and each tensor's part divided by its scale, if
+        it has one (see `lodo.scale`)."""
+        return self.apply(g)
 
     @abstractmethod
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
@@ -131,10 +132,6 @@ class Preconditioner(Operator):
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """The options of a param group that describe this preconditioner."""
-
-    def diagonal(self) -> Tensor | None:
-        """The diagonal of the operator, shape (n,) or (1,), if there is nothing else to it."""
-        return None
 
     def bound_condition_(self, largest: float) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no bound on its condition")

@@ -42,9 +42,6 @@ class Diagonal(Preconditioner):
         """A copy of w, shape (n,)."""
         return self.theta.clone()
 
-    def diagonal(self) -> Tensor:
-        return self.theta
-
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 

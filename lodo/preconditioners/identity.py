@@ -34,9 +34,6 @@ class Identity(Preconditioner):
     def options(self) -> dict[str, Any]:
         return {"preconditioner": self.kind}
 
-    def diagonal(self) -> Tensor:
-        return self.theta.new_ones(1)
-
     def apply(self, v: Tensor) -> Tensor:
         return v.clone()
 

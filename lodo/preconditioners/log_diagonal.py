@@ -47,10 +47,11 @@ class LogDiagonal(Preconditioner):
         return self.theta.clone()
 
     def diagonal(self) -> Tensor:
+        """The gains, shape (n,)."""
         return torch.exp(self.theta)
 
     def apply(self, v: Tensor) -> Tensor:
-        return torch.exp(self.theta).mul_(v)
+        return self.diagonal().mul_(v)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         self.learn_from_(self.apply(g), m, lr, moments, rates)

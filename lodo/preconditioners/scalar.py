@@ -35,9 +35,6 @@ class Scalar(Preconditioner):
         """A copy of w, 0-dim."""
         return self.theta.clone()
 
-    def diagonal(self) -> Tensor:
-        return self.theta
-
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 
