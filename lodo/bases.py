@@ -18,15 +18,15 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lodo import kernels
+from lodo import meta
 from lodo.scalars import Number
-from lodo.scale import LARGEST_LOG, Scale
+from lodo.scale import Scale
 
-DECAY = 0.999  # of v
+FORGET = 1e-3  # share of v, and of the averages of g g^T, that a step replaces
+MEMORY = 10.0  # but at step t at most MEMORY / t: later these are averages over a tenth of the steps
 EPS = 1e-8
 BASIS_EVERY = 10  # steps between two updates of the eigenbases
 FACTORS_EVERY = 2  # steps between two gradients that are taken into the averages of g g^T
-FACTOR_DECAY = 0.999  # of these, in a step
 SKEWNESS = 2  # a side has an eigenbasis if its square has at most so many times the elements of the tensor
 LARGEST_SIDE = 2048
 LARGEST_VECTOR = 512  # that has a full eigenbasis, in groups without a matrix
@@ -42,8 +42,6 @@ class AdamBase:
 
     def __init__(self, shapes: Sequence[torch.Size], tensors: dict[str, Tensor]) -> None:
         self.exp_avg_sq = tensors["base_exp_avg_sq"]
-        self._offsets = kernels.offsets([shape.numel() for shape in shapes])
-        self._is_native = kernels.native.available(self.exp_avg_sq)
 
     @classmethod
     def tensor_shapes(cls, size: int, shapes: Sequence[torch.Size]) -> Shapes:
@@ -90,19 +88,22 @@ class AdamBase:
             steps: that were taken.
             scale: S; None for the identity.
             others: gains to multiply it with, shape (n,).
-            rotated: Q^T g, to be taken into v before: v <- DECAY v + (1 - DECAY) (Q^T g)^2.
+            rotated: Q^T g, to be taken into v before: v <- v + weight * ((Q^T g)^2 - v).
             active: whether to.
         """
-        bias, weight = 1 - DECAY ** (steps + (steps < 1)), active * (1 - DECAY)
-        if self._is_native:
-            table = None if scale is None else scale.table
-            numbers = (weight, bias, EPS, LARGEST_LOG)
-            return kernels.native.adam_gains(self.exp_avg_sq, rotated, others, table, self._offsets, *numbers)
+        weight, bias = self.numbers(steps)
         if rotated is not None:
-            self.exp_avg_sq.lerp_(rotated * rotated, weight)
+            self.exp_avg_sq.lerp_(rotated * rotated, active * weight)
         gains = torch.sqrt(self.exp_avg_sq / bias).add_(EPS).reciprocal_()
         gains = gains if scale is None else scale.times(gains, 1.0)
         return gains if others is None else gains.mul_(others)
+
+    @staticmethod
+    def numbers(steps: Number) -> tuple[Number, Number]:
+        """The weight of the gradient of step number `steps` in v, and what v has to be divided by for its start at zero
+        (which no longer counts when MEMORY begins to)."""
+        t = steps + (steps < 1)
+        return meta.bounded(FORGET, MEMORY, t), 1 - (1 - FORGET) ** t
 
 
 class SoapBase(AdamBase):
@@ -113,18 +114,18 @@ class SoapBase(AdamBase):
 
     def __init__(self, shapes: Sequence[torch.Size], tensors: dict[str, Tensor]) -> None:
         super().__init__(shapes, tensors)
+        self._lengths = [shape.numel() for shape in shapes]
         self._factored: list[_Factored] = []
-        packed, used, first = tensors["base_factors"], 0, 0
-        for shape, sides in zip(shapes, _sides(shapes), strict=True):
+        packed, used = tensors["base_factors"], 0
+        for place, (shape, sides) in enumerate(zip(shapes, _sides(shapes), strict=True)):
             factors = []
             for side, length in sides:
                 average, basis = packed[used : used + 2 * length * length].view(2, length, length)
                 factors.append(_Factor(side, average, basis))
                 used += 2 * length * length
             if factors:
-                rows = shape[0]
-                self._factored.append(_Factored(first, first + shape.numel(), (rows, shape.numel() // rows), factors))
-            first += shape.numel()
+                self._factored.append(_Factored(place, (shape[0], shape.numel() // shape[0]), factors))
+        self._others = sorted(set(range(len(shapes))) - {each.place for each in self._factored})
 
     @classmethod
     def tensor_shapes(cls, size: int, shapes: Sequence[torch.Size]) -> Shapes:
@@ -144,15 +145,21 @@ class SoapBase(AdamBase):
 
     def _rotated(self, v: Tensor, back: bool) -> Tensor:
         v = v.contiguous()
-        turned = v.clone()
-        for each in self._factored:
-            part = each.of(turned)
-            *firsts, last = each.factors
-            matrix = each.of(v)
+        turned = torch.empty_like(v)
+        before, after = v.split_with_sizes(self._lengths), turned.split_with_sizes(self._lengths)
+        if self._others:
+            torch._foreach_copy_([after[place] for place in self._others], [before[place] for place in self._others])
+        for place, shape, (*firsts, last) in self._factored:
+            matrix = before[place].view(shape)
             for factor in firsts:
                 matrix = factor.times(matrix, factor.back if back else factor.ahead)
-            last.times(matrix, last.back if back else last.ahead, out=part)
+            last.times(matrix, last.back if back else last.ahead, out=after[place].view(shape))
         return turned
+
+    def _matrices(self, vectors: Tensor) -> list[Tensor]:
+        """The parts of contiguous vectors (..., n) that have factors, as matrices that share their memory."""
+        parts = vectors.split_with_sizes(self._lengths, dim=-1)
+        return [parts[place].view(*vectors.shape[:-1], *shape) for place, shape, _ in self._factored]
 
     def turn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
         if not active:
@@ -160,11 +167,13 @@ class SoapBase(AdamBase):
         is_first = bool(steps == 1)
         is_due = is_first or bool(steps % BASIS_EVERY == 0)
         if is_first or bool(steps % FACTORS_EVERY == 0):
-            for each in self._factored:
-                each.learn_(g, 1 - FACTOR_DECAY**FACTORS_EVERY)
+            weight = 1 - (1 - float(self.numbers(steps)[0])) ** FACTORS_EVERY
+            for each, matrix in zip(self._factored, self._matrices(g), strict=True):
+                each.learn_(matrix, weight)
         if is_due:
-            for each in self._factored:
-                each.renew_(kept, is_first)
+            matrices = [self._matrices(vectors) for vectors in kept]
+            for each, *own in zip(self._factored, *matrices, strict=True):
+                each.renew_(own, is_first)
         return self.rotate(g) if is_due else rotated
 
 
@@ -200,31 +209,23 @@ class _Factor:
 
 
 class _Factored(NamedTuple):
-    """A tensor that has factors: where it lies in the vector, and its shape as a matrix."""
+    """A tensor that has factors: its place in the group, and its shape as a matrix."""
 
-    first: int
-    end: int
+    place: int
     shape: tuple[int, int]
     factors: list[_Factor]
 
-    def of(self, vector: Tensor) -> Tensor:
-        """The tensor's part of contiguous vectors (..., n), as matrices that share their memory."""
-        if vector.dim() == 1:  # in one call, for this is done some ten times a step
-            return vector.as_strided(self.shape, (self.shape[1], 1), vector.storage_offset() + self.first)
-        return vector[..., self.first : self.end].view(*vector.shape[:-1], *self.shape)
-
-    def learn_(self, g: Tensor, weight: float) -> None:
-        """Takes the gradient of all parameters into the averages."""
+    def learn_(self, matrix: Tensor, weight: float) -> None:
+        """Takes its gradient into the averages."""
         for factor in self.factors:
-            factor.learn_(self.of(g), weight)
+            factor.learn_(matrix, weight)
 
     def renew_(self, kept: Sequence[Tensor], is_first: bool) -> None:
-        """Brings the eigenvectors up to date, and vectors into their coordinates."""
+        """Brings the eigenvectors up to date, and matrices into their coordinates."""
         for factor in self.factors:
             turn = factor.renew_(is_first)
-            for vector in kept:
-                part = self.of(vector)
-                part.copy_(factor.times(part, turn))
+            for matrix in kept:
+                matrix.copy_(factor.times(matrix, turn))
 
 
 def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:

@@ -31,7 +31,7 @@ class Composite(Operator):
 
     def __init__(self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: Number) -> None:
         self.network, self.base, self.scale = network, base, scale
-        self.size = network.size
+        self.size, self.drift = network.size, network.drift
         self._refresh(steps)
 
     @property
@@ -89,7 +89,7 @@ class Composite(Operator):
     def _refresh(self, steps: Number, rotated: Tensor | None = None, active: Number = 1) -> None:
         """Computes, once a step, all of the operator if it is diagonal, else `root`."""
         self._steps, self._root, self._gains = steps, None, None
-        if isinstance(self.network, LogDiagonal | Identity):
+        if is_diagonal(self.network):
             others = self.network.diagonal() if isinstance(self.network, LogDiagonal) else None
             self._gains = self._squares(steps, others, rotated, active)
         else:
@@ -107,3 +107,8 @@ class Composite(Operator):
     def __repr__(self) -> str:
         base = "None" if self.base is None else repr(self.base.kind)
         return f"Composite({self.network!r}, base={base}, has_scale={self.scale is not None})"
+
+
+def is_diagonal(network: Preconditioner) -> bool:
+    """Whether all of G is with this network, in the coordinates of the base."""
+    return isinstance(network, LogDiagonal | Identity)

@@ -26,7 +26,7 @@ ROWS = 3  # of the tables of `descend_`
 TABLE_BETA2 = (
     0.995  # losses fall by orders of magnitude: what is remembered for long would be too large to compare with
 )
-DRIFT = 5.0
+DRIFT = 5.0  # of these tables
 TINY = 1e-30
 
 KINDS = ("adam", "sgd")
@@ -50,13 +50,22 @@ def start_moments(theta: Tensor, dtype: torch.dtype | None = None) -> Moments:
     return torch.zeros_like(theta, dtype=dtype), torch.zeros_like(theta, dtype=dtype)
 
 
-def rates(kind: str, meta_lr: float, count: Number, active: Number, dtype: torch.dtype) -> Rates:
-    """The rates of inner step number `count`, the t above. Those of an inactive step leave theta, M and V as they are,
-    bit for bit but for the signs of zeros."""
+def bounded(rate: float, drift: float, t: Number) -> Number:
+    """min(rate, drift / t), the rate at step t >= 1 of what is to move, or to forget, a bounded amount while a training
+    grows e times as long: noise dies out, and nothing ever stands still."""
+    return torch.clamp(drift / t, max=rate) if is_tensor(t) else min(rate, drift / t)
+
+
+def rates(
+    kind: str, meta_lr: float, count: Number, active: Number, dtype: torch.dtype, drift: float | None = None
+) -> Rates:
+    """The rates of inner step number `count`, the t above, with meta_lr `bounded` by `drift`, if there is one. Those of
+    an inactive step leave theta, M and V as they are, bit for bit but for the signs of zeros."""
     t = count + (count < 1)  # an inactive first step must not divide 0 by 0
     bias = 1 if kind == "sgd" else (1 - BETA2**t) ** 0.5 / (1 - BETA1**t)
+    rate = meta_lr if drift is None else bounded(meta_lr, drift, t)
     numbers: Sequence[Number]
-    numbers = (active * meta_lr * bias, active * (1 - BETA1), 1 - active * (1 - BETA2), active * (1 - BETA2))
+    numbers = (active * rate * bias, active * (1 - BETA1), 1 - active * (1 - BETA2), active * (1 - BETA2))
     if is_tensor(active):
         numbers = torch.stack(numbers).to(dtype).unbind()
     step_size, forget1, keep2, forget2 = numbers
@@ -94,13 +103,13 @@ class Descent(NamedTuple):
 def descent(rate: float, steps: Number, active: Number) -> Descent:
     """Those of step t = `steps` of the optimizer, the one that is being made included; without effect if not `active`.
 
-    DRIFT bounds how far the numbers move while a training grows e times as long: what judges a scale goes on blaming it
-    for a while after it has changed, and without a bound it would run away.
+    The rate is `bounded` by DRIFT: what judges a scale goes on blaming it for a while after it has changed, and without
+    a bound it would run away.
     """
     t = steps + (steps < 1)
     active = active.to(t.dtype) if is_tensor(active) else float(active)
-    bounded = torch.clamp(DRIFT / t, max=rate) if is_tensor(t) else min(rate, DRIFT / t)
-    return Descent(active * bounded, active * (1 - BETA1), active * (1 - TABLE_BETA2), 1 - BETA1**t, 1 - TABLE_BETA2**t)
+    rate = active * bounded(rate, DRIFT, t)
+    return Descent(rate, active * (1 - BETA1), active * (1 - TABLE_BETA2), 1 - BETA1**t, 1 - TABLE_BETA2**t)
 
 
 def descend_(table: Tensor, h: Tensor, by: Descent) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lodo import kernels, meta
+from lodo import meta
 from lodo.scalars import Number, is_tensor
 
 FIRST_SHARE = 0.9  # of the decay nearest to `beta`, at the start; the others share the rest
@@ -33,9 +33,7 @@ class Mixture:
 
     def __init__(self, momenta: Tensor, table: Tensor, decays: Sequence[float], lengths: list[int]) -> None:
         self.momenta, self.table, self._decays_of, self._lengths = momenta, table, tuple(decays), lengths
-        self._decays = torch.tensor(self._decays_of, dtype=table.dtype, device=table.device)
-        self._offsets = kernels.offsets(lengths)
-        self._is_native = kernels.native.available(momenta)
+        self.decays = torch.tensor(self._decays_of, dtype=table.dtype, device=table.device)
 
     def start_(self, beta: float) -> None:
         """Gives the weights their start."""
@@ -55,31 +53,32 @@ class Mixture:
             steps: taken, the one that is being made included.
             active: whether to.
         """
-        # After one step all corrected momenta are the same, and what is left of h is rounding.
-        by, before = meta.descent(mix_lr, steps, active * (steps > 2)), steps - 1 + (steps < 2)
-        if self._is_native:
-            native = (self.table, self.momenta, step, self._decays, self._offsets)
-            kernels.native.mixture_learn_(*native, before, by)
-            return
         parts = (self.momenta * step).split(self._lengths, dim=1)
         c = torch.stack([part.sum(1) for part in parts], dim=1).to(self.table.dtype)
-        c = (c / self._corrections(before)[:, None]).nan_to_num_(0.0, 0.0, 0.0)
+        c = (c / self._corrections(made_of(steps))[:, None]).nan_to_num_(0.0, 0.0, 0.0)
         w = self.table[0].softmax(0)
-        meta.descend_(self.table, -w * (c - (w * c).sum(0)), by)
+        meta.descend_(self.table, -w * (c - (w * c).sum(0)), descent(mix_lr, steps, active))
 
     def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number) -> None:
         """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,)."""
-        t = steps + (steps < 1)
-        if self._is_native:
-            kernels.native.mixture_mix_(m, self.momenta, g, self.table, self._decays, self._offsets, t, active)
-            return
         active = active.to(m.dtype) if is_tensor(active) else active
         for momentum, beta in zip(self.momenta, self._decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
-        w = self.table[0].softmax(0) / self._corrections(t)[:, None]
+        w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)
         for part, (momenta, weights) in zip(m.split(self._lengths), shares, strict=True):
             torch.mv(momenta.T, weights, out=part)
 
     def _corrections(self, steps: Number) -> Tensor:
-        return 1 - self._decays**steps
+        return 1 - self.decays**steps
+
+
+def descent(mix_lr: float, steps: Number, active: Number) -> meta.Descent:
+    """The numbers of step `steps` of `Mixture.learn_`, which has no effect in the first two: after one step all
+    corrected momenta are the same, and what is left of h is rounding."""
+    return meta.descent(mix_lr, steps, active * (steps > 2))
+
+
+def made_of(steps: Number) -> Number:
+    """Of how many gradients the momenta are made that led to step `steps`."""
+    return steps - 1 + (steps < 2)

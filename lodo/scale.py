@@ -61,8 +61,6 @@ class Scale:
 
     def times(self, vector: Tensor, power: float, by: Tensor | None = None) -> Tensor:
         """S^power, within exp(+-LARGEST_LOG), times a vector of shape (n,), and times another one elementwise."""
-        if self._is_native:
-            return kernels.native.scale_times(vector, by, self.table, power, LARGEST_LOG, self._offsets)
         product = vector.clone() if by is None else by * vector
         factors = (power * self.table[0]).clamp_(-LARGEST_LOG, LARGEST_LOG).exp_().to(vector.dtype)
         parts = list(product.split(self._lengths))

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lodo import kernels, meta
 from lodo.bases import BASES
-from lodo.composite import Composite
 from lodo.flat import FlatParameters
+from lodo.fused import put_together
 from lodo.mixture import Mixture
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import kept_dtype
@@ -145,7 +145,7 @@ class GroupState:
         if group["base"] is not None or self.scale is not None:
             kind = None if group["base"] is None else BASES[group["base"]]
             base = None if kind is None else kind(self.flat.shapes, self.extras)
-            self.operator = Composite(self.preconditioner, base, self.scale, self.count())
+            self.operator = put_together(self.preconditioner, base, self.scale, self.count(), self.flat.lengths)
 
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""

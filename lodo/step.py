@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lodo import meta
+from lodo.fused import Fused
 from lodo.mixture import Mixture
 from lodo.preconditioners import Operator
 from lodo.scalars import Number, add_decayed_, choose, is_tensor, norm
@@ -80,16 +81,26 @@ def lodo_step(
     if is_tensor(active):
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
         active, learning = active.to(m.dtype), learning.to(m.dtype)
+    elif not active:
+        return torch.zeros_like(m)
     rotated = preconditioner.rotate(g)
-    if mixture is not None:
-        mixture.learn_(preconditioner.reply(rotated), mix_lr, steps, active * (last_lr > 0))
-    if meta_lr > 0 and (is_tensor(learning) or learning):
-        rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype)
-        preconditioner.learn_(rotated, m if e is None else e, last_lr, moments, rates)
-        if max_condition is not None and learning:
-            preconditioner.bound_condition_(max_condition)
+    judged = m if e is None else e
+    is_learning = meta_lr > 0 and (is_tensor(learning) or learning)
+    rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype, preconditioner.drift) if is_learning else None
+    if isinstance(preconditioner, Fused):
+        preconditioner.judge_(rotated, judged, last_lr, moments, rates, mixture, mix_lr, steps)
+    else:
+        if mixture is not None:
+            mixture.learn_(preconditioner.reply(rotated), mix_lr, steps, active * (last_lr > 0))
+        if rates is not None:
+            preconditioner.learn_(rotated, judged, last_lr, moments, rates)
+    if rates is not None and max_condition is not None and learning:
+        preconditioner.bound_condition_(max_condition)
     kept = [*([] if e is None else [e]), m if mixture is None else mixture.momenta]
     rotated = preconditioner.observe_(g, rotated, kept, active, steps)
+    if isinstance(preconditioner, Fused):
+        step = preconditioner.advance_(rotated, m, e, mixture, steps, lr=lr, beta=beta, trace=trace)
+        return preconditioner.rotate_back(step)
     if mixture is None:
         m.lerp_(rotated, active * (1 - beta))
     else:

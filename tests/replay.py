@@ -14,6 +14,7 @@ from torch import Tensor
 from lodo import meta
 from lodo.bases import BASES
 from lodo.composite import Composite
+from lodo.fused import put_together
 from lodo.mixture import Mixture
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import random_words, to_bfloat16
@@ -115,7 +116,9 @@ class Replay:
         lengths, shapes = [value.numel() for value in self.values], [value.shape for value in self.values]
         base = None if self.options["base"] is None else BASES[self.options["base"]](shapes, self.extras)
         scale = Scale(self.extras["scale"], self.extras["moves"], lengths) if "scale" in self.extras else None
-        return self.network if base is None and scale is None else Composite(self.network, base, scale, steps)
+        return (
+            self.network if base is None and scale is None else put_together(self.network, base, scale, steps, lengths)
+        )
 
     def flat(self, tensors: Gradients) -> Tensor:
         parts = zip(tensors, self.values, strict=True)

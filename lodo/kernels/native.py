@@ -76,13 +76,10 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("matvec", [pointer] * 5 + [size] * 4 + [integer]),
             ("learn", [pointer] * 7 + [size] * 4 + [integer] * 2 + [number] * 7),
             ("round", [pointer] * 2 + [size] * 2 + [integer]),
-            # Pointers; decays and tensors, or size; threads; rates.
-            ("mixture_learn", [pointer] * 5 + [size] * 2 + [integer] + [number] * 7),
-            ("mixture_mix", [pointer] * 6 + [size] * 2 + [integer] + [number] * 2),
+            # Pointers; decays and tensors, or tensors; threads; numbers.
+            ("judge", [pointer] * 11 + [size] * 2 + [integer] + [number] * 14),
+            ("advance", [pointer] * 11 + [size] * 2 + [integer] + [number] * 8),
             ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 6),
-            ("scale_times", [pointer] * 5 + [size] + [integer] + [number] * 2),
-            ("adam_gains", [pointer] * 6 + [size] + [integer] + [number] * 4),
-            ("log_diagonal_learn", [pointer] * 5 + [size] + [integer] + [number] * 6),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
             function.argtypes = types
@@ -184,18 +181,34 @@ def round_into_(target: Tensor, values: Tensor, count: int) -> None:
     function(target.data_ptr(), values.data_ptr(), values.numel(), count, torch.get_num_threads())
 
 
-def mixture_learn_(
-    table: Tensor, momenta: Tensor, step: Tensor, decays: Tensor, offsets: Tensor, steps: float, by: meta.Descent
+def judge_(
+    tensors: Sequence[Tensor | None],
+    largest: float,
+    lr: float,
+    steps: float,
+    by: meta.Descent,
+    rates: meta.Rates | None,
 ) -> None:
-    """`lodo.mixture.Mixture.learn_`; `steps` that the momenta were made of."""
-    _call_parts("mixture_learn", (momenta, step, table, decays, offsets), table.shape[1:], steps, *by, meta.TINY)
+    """`lodo.fused.Fused.judge_`, with its tensors in the order of `judge` in parts.cpp; `steps` that the momenta were
+    made of."""
+    inner = (0.0,) * 4 if rates is None else rates[:-1]
+    _call_parts("judge", tensors, _sizes(tensors), largest, lr, steps, *by, meta.TINY, *inner, meta.EPS)
 
 
-def mixture_mix_(
-    m: Tensor, momenta: Tensor, g: Tensor, table: Tensor, decays: Tensor, offsets: Tensor, steps: float, active: float
+def advance_(
+    tensors: Sequence[Tensor | None],
+    largest: float,
+    steps: float,
+    weight: float,
+    bias: float,
+    eps: float,
+    lr: float = 0.0,
+    beta: float = 0.0,
+    trace: float = 0.0,
 ) -> None:
-    """`lodo.mixture.Mixture.mix_`."""
-    _call_parts("mixture_mix", (momenta, g, m, table, decays, offsets), table.shape[1:], steps, active)
+    """`lodo.fused.Fused.advance_`, with its tensors in the order of `advance` in parts.cpp; without a gradient among
+    them the gains alone are brought up to date."""
+    _call_parts("advance", tensors, _sizes(tensors), largest, steps, weight, bias, eps, lr, beta, trace)
 
 
 def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: meta.Descent) -> None:
@@ -203,44 +216,16 @@ def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: m
     _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.TINY)
 
 
-def scale_times(
-    vector: Tensor, by: Tensor | None, table: Tensor, power: float, largest: float, offsets: Tensor
-) -> Tensor:
-    """`lodo.scale.Scale.times`."""
-    out = torch.empty_like(vector)
-    _call_parts("scale_times", (vector, by, out, table, offsets), table.shape[1:], power, largest)
-    return out
+def _sizes(tensors: Sequence[Tensor | None]) -> tuple[int, int]:
+    """Number of decays and of tensors in the group, from the last two arguments: decays and offsets."""
+    decays, offsets = tensors[-2:]
+    assert offsets is not None
+    return 0 if decays is None else decays.numel(), offsets.numel() - 1
 
 
-def adam_gains(
-    exp_avg_sq: Tensor,
-    g: Tensor | None,
-    others: Tensor | None,
-    table: Tensor | None,
-    offsets: Tensor,
-    weight: float,
-    bias: float,
-    eps: float,
-    largest: float,
-) -> Tensor:
-    """`lodo.bases.AdamBase.gains`, of a gradient g, with other gains, with the scales of a table, if there are any."""
-    gains = torch.empty_like(exp_avg_sq)
-    tensors = (exp_avg_sq, g, others, gains, table, offsets)
-    _call_parts("adam_gains", tensors, (len(offsets) - 1,), weight, bias, eps, largest)
-    return gains
-
-
-def log_diagonal_learn_(
-    theta: Tensor, moments: meta.Moments | None, reply: Tensor, m: Tensor, lr: float, rates: meta.Rates
-) -> None:
-    """`lodo.preconditioners.LogDiagonal.learn_from_`."""
-    tensors = (theta, *(moments or (None, None)), reply, m)
-    _call_parts("log_diagonal_learn", tensors, theta.shape, lr, *rates[:-1], meta.EPS)
-
-
-def _call_parts(name: str, tensors: Sequence[Tensor | None], shape: Sequence[int], *numbers: float) -> None:
+def _call_parts(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *numbers: float) -> None:
     """Calls an entry point of parts.cpp for the first tensor's dtype: contiguous tensors, sizes, threads, numbers."""
     assert tensors[0] is not None
     function = getattr(_load(), f"lodo_{name}_{SUFFIX[tensors[0].dtype]}")
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    function(*pointers, *shape, torch.get_num_threads(), *numbers)
+    function(*pointers, *sizes, torch.get_num_threads(), *numbers)

@@ -1,9 +1,9 @@
-// CPU kernels of the parts of G that are no network, and of the learned momentum: one or two passes over memory for
-// what takes torch some ten each, and no call for each tensor of a param group.
+// CPU kernels of the step whose G is diagonal (lodo/fused.py): one pass over memory for lines 1 and 2 of Algorithm 1,
+// one for lines 3 and 4, and no call for each tensor of a param group.
 //
-// Built with block_permutation.cpp by native.py and called through ctypes. The plain forms are in lodo/mixture.py,
-// lodo/scale.py, lodo/bases.py, lodo/preconditioners/log_diagonal.py and, for what moves the small tables,
-// `lodo.meta.descend_`.
+// Built with block_permutation.cpp by native.py and called through ctypes. The plain form is lodo/step.py with what it
+// calls: lodo/mixture.py, lodo/scale.py, lodo/bases.py, lodo/preconditioners/log_diagonal.py and, for what moves the
+// small tables, `lodo.meta.descend_`. Pointers are null for parts that there are not.
 //
 // Vectors of n numbers of type T are cut into the k tensors of a group by `offsets` (k + 1). Tables are of doubles.
 // Sums are over chunks, whose results are added in order: they do not depend on the number of threads.
@@ -15,7 +15,8 @@
 
 namespace {
 
-constexpr int64_t kChunk = 4096;           // numbers of a tensor that a thread takes at a time
+constexpr int64_t kChunk = 2048;           // numbers of a tensor that a thread takes at a time: they fit in its cache
+constexpr int64_t kBlock = 256;            // of these, products that are added in their own precision
 constexpr int64_t kMinPerThread = 1 << 15; // numbers that make a second thread worth waking
 
 struct Chunk {
@@ -64,10 +65,15 @@ void descend(double *table, int64_t count, const double *slopes, const Descent &
 }
 
 template <typename T> double dot(const T *__restrict a, const T *__restrict b, int64_t count) {
-  double sum = 0;
+  double total = 0;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t end = std::min(first + kBlock, count);
+    T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += double(a[i]) * double(b[i]);
-  return sum;
+    for (int64_t i = first; i < end; ++i) sum += a[i] * b[i];
+    total += double(sum);
+  }
+  return total;
 }
 
 // The softmax over the decays of the first (decays, tensors) of a table, as torch computes it.
@@ -82,158 +88,220 @@ std::vector<double> softmax(const double *u, int64_t decays, int64_t tensors) {
   return w;
 }
 
+// What lies in the memory of a group of parameters.
+struct Group {
+  const int64_t *offsets;
+  int64_t tensors;
+  int threads;
+};
+
+// The learned momentum: `momenta` (decays, n) of type T, and its table.
+template <typename T> struct Mixture {
+  T *momenta;
+  double *table;
+  const double *decay;
+  int64_t decays;
+};
+
+// The inner optimizer of the network's n logarithms; SGD without moments.
+template <typename T> struct Inner {
+  T *theta, *mean, *square;
+  T step_size, forget1, keep2, forget2, eps;
+};
+
+// By value, here as below: what a store through a T * might change is read again for every number.
+template <typename T> void learn(Inner<T> by, int64_t first, int64_t count, const T *__restrict slopes) {
+  T *__restrict w = by.theta + first;
+  if (by.mean == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) w[i] -= by.step_size * slopes[i];
+    return;
+  }
+  T *__restrict m = by.mean + first;
+  T *__restrict v = by.square + first;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    m[i] += by.forget1 * (slopes[i] - m[i]);
+    v[i] = by.keep2 * v[i] + by.forget2 * slopes[i] * slopes[i];
+    w[i] -= by.step_size * m[i] / (std::sqrt(v[i]) + by.eps);
+  }
+}
+
+// The factor of tensor j in S^power.
+template <typename T> T factor(const double *scale, int64_t j, double power, double largest) {
+  return scale == nullptr ? T(1) : T(std::exp(std::clamp(power * scale[j], -largest, largest)));
+}
+
+// `lodo.mixture.Mixture.learn_` from the products <reply, momentum>, by decay and tensor.
 template <typename T>
-void mixture_learn(const T *momenta, const T *step, double *table, const double *decay, const int64_t *offsets,
-                   int64_t decays, int64_t tensors, int threads, double steps, const Descent &by) {
-  const Cut cut(offsets, tensors, threads);
-  const int64_t n = offsets[tensors], entries = decays * tensors;
-  std::vector<double> parts(cut.chunks.size() * decays), c(entries), h(entries);
-  cut.each([&](int64_t i, const Chunk &at) {
-    for (int64_t b = 0; b < decays; ++b)
-      parts[i * decays + b] = dot(momenta + b * n + at.first, step + at.first, at.end - at.first);
-  });
-  for (size_t i = 0; i < cut.chunks.size(); ++i)
-    for (int64_t b = 0; b < decays; ++b) c[b * tensors + cut.chunks[i].tensor] += parts[i * decays + b];
-  const std::vector<double> w = softmax(table, decays, tensors);
+void learn_mixture(const Mixture<T> &mixture, std::vector<double> &products, int64_t tensors, double steps,
+                   const Descent &by) {
+  const std::vector<double> w = softmax(mixture.table, mixture.decays, tensors);
+  std::vector<double> h(products.size());
   for (int64_t j = 0; j < tensors; ++j) {
     double mean = 0;
-    for (int64_t b = 0; b < decays; ++b) {
-      double &own = c[b * tensors + j];
-      own /= 1 - std::pow(decay[b], steps);
+    for (int64_t b = 0; b < mixture.decays; ++b) {
+      double &own = products[b * tensors + j];
+      own /= 1 - std::pow(mixture.decay[b], steps);
       if (!std::isfinite(own)) own = 0;
       mean += w[b * tensors + j] * own;
     }
-    for (int64_t b = 0; b < decays; ++b) h[b * tensors + j] = -w[b * tensors + j] * (c[b * tensors + j] - mean);
+    for (int64_t b = 0; b < mixture.decays; ++b)
+      h[b * tensors + j] = -w[b * tensors + j] * (products[b * tensors + j] - mean);
   }
-  descend(table, entries, h.data(), by);
+  descend(mixture.table, mixture.decays * tensors, h.data(), by);
 }
 
+// Lines 1 and 2: the reply S^-1 gains g to a gradient teaches the mixture, and with the judged vector the network.
 template <typename T>
-void mixture_mix(T *momenta, const T *g, T *m, const double *table, const double *decay, const int64_t *offsets,
-                 int64_t decays, int64_t tensors, int threads, double steps, double active) {
-  const Cut cut(offsets, tensors, threads);
-  const int64_t n = offsets[tensors];
-  const std::vector<double> w = softmax(table, decays, tensors);
-  cut.each([&](int64_t, const Chunk &at) {
+void judge(const T *g, const T *gains, const T *judged, const double *scale, const Mixture<T> &mixture,
+           const Inner<T> &inner, const Group &group, double steps, const Descent &by, T lr, double largest) {
+  const Cut cut(group.offsets, group.tensors, group.threads);
+  const int64_t n = group.offsets[group.tensors];
+  std::vector<double> parts(cut.chunks.size() * mixture.decays), products(mixture.decays * group.tensors);
+  cut.each([&](int64_t i, const Chunk &at) {
+    T reply[kChunk];
     const int64_t count = at.end - at.first;
-    const T *__restrict from = g + at.first;
-    T *__restrict to = m + at.first;
-    std::fill(to, to + count, T(0));
-    for (int64_t b = 0; b < decays; ++b) {
-      T *__restrict own = momenta + b * n + at.first;
-      const double forget = active * (1 - decay[b]), correction = 1 - std::pow(decay[b], steps);
-      const T share = T(w[b * tensors + at.tensor] / correction), fresh = T(forget), old = T(1 - forget);
-      if (forget < 0.5) {
+    const T inverse = factor<T>(scale, at.tensor, -1.0, largest);
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) to[i] += share * (own[i] += fresh * (from[i] - own[i]));
-      } else {
+    for (int64_t k = 0; k < count; ++k) reply[k] = inverse * (gains[at.first + k] * g[at.first + k]);
+    for (int64_t b = 0; b < mixture.decays; ++b)
+      parts[i * mixture.decays + b] = dot(mixture.momenta + b * n + at.first, reply, count);
+    if (inner.theta != nullptr) {
+      const T minus_lr = -lr;
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) to[i] += share * (own[i] = from[i] - old * (from[i] - own[i]));
-      }
+      for (int64_t k = 0; k < count; ++k) reply[k] *= minus_lr * judged[at.first + k];
+      learn(inner, at.first, count, reply);
     }
+  });
+  if (mixture.decays == 0) return;
+  for (size_t i = 0; i < cut.chunks.size(); ++i)
+    for (int64_t b = 0; b < mixture.decays; ++b)
+      products[b * group.tensors + cut.chunks[i].tensor] += parts[i * mixture.decays + b];
+  learn_mixture(mixture, products, group.tensors, steps, by);
+}
+
+// Adam's second moment and its numbers; no moment without a base.
+template <typename T> struct Base {
+  T *square;
+  T weight, inverse_bias, eps;
+};
+
+// Multiplies S D into the gains, once v has taken in g unless that is null.
+template <typename T>
+void complete(T *__restrict gains, const T *g, Base<T> base, T scale, int64_t first, int64_t count) {
+  if (base.square == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) gains[i] *= scale;
+    return;
+  }
+  T *__restrict v = base.square + first;
+  if (g != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) v[i] += base.weight * (g[i] * g[i] - v[i]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) gains[i] *= scale / (std::sqrt(v[i] * base.inverse_bias) + base.eps);
+}
+
+
+template <typename T> void take_in(T *__restrict momentum, const T *__restrict g, double decay, int64_t count) {
+  const T forget = T(1 - decay), keep = T(decay);
+  if (forget < 0.5) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) momentum[i] += forget * (g[i] - momentum[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) momentum[i] = g[i] - keep * (g[i] - momentum[i]);
+  }
+}
+template <typename T> void mixin(T *__restrict sum, T *__restrict momentum, const T *__restrict g, double decay, T share, int64_t count) {
+  const T forget = T(1 - decay), keep = T(decay);
+  if (forget < 0.5) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) { momentum[i] += forget * (g[i] - momentum[i]); sum[i] += share*momentum[i]; }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) { momentum[i] = g[i] - keep * (g[i] - momentum[i]);  sum[i] += share*momentum[i]; }
+  }
+}
+// e <- trace * e + m, unless that is null; step = lr * gains * m.
+template <typename T>
+void finish(T *__restrict e, T *__restrict step, const T *__restrict m, const T *__restrict gains, T trace, T lr,
+            int64_t count) {
+  if (e != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) e[i] = trace * e[i] + m[i];
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) step[i] = lr * (gains[i] * m[i]);
+}
+
+// Lines 3 and 4: a gradient goes into base and momentum, the momentum into its trace e, and the step is lr * gains * m.
+// The gains come in as those of the network. Without a gradient they are completed, and that is all.
+template <typename T>
+void advance(T *gains, const T *g, T *m, T *e, T *step, const double *scale, const Base<T> &base,
+             const Mixture<T> &mixture, const Group &group, double steps, double beta, T trace, T lr, double largest) {
+  const int64_t n = group.offsets[group.tensors];
+  const bool is_mixed = g != nullptr && mixture.decays > 0;
+  const std::vector<double> w =
+      is_mixed ? softmax(mixture.table, mixture.decays, group.tensors) : std::vector<double>();
+  Cut(group.offsets, group.tensors, group.threads).each([&](int64_t, const Chunk &at) {
+    const int64_t first = at.first, count = at.end - at.first;
+    const T *from = g == nullptr ? nullptr : g + first;
+    T *__restrict own_gains = gains + first;
+    complete(own_gains, from, base, factor<T>(scale, at.tensor, 1.0, largest), first, count);
+    if (g == nullptr) return;
+    T *__restrict mixed = m + first;
+    if (mixture.decays == 0) {
+      take_in(mixed, from, beta, count);
+    } else {
+      std::fill(mixed, mixed + count, T(0));
+    }
+    for (int64_t b = 0; b < mixture.decays; ++b) {
+      T *own = mixture.momenta + b * n + first;
+      const double decay = mixture.decay[b];
+      mixin(mixed, own, from, decay, T(w[b * group.tensors + at.tensor] / (1 - std::pow(decay, steps))), count);
+    }
+    finish(e == nullptr ? nullptr : e + first, step + first, mixed, own_gains, trace, lr, count);
   });
 }
 
 template <typename T>
-void scale_learn(const T *g, const T *moves, double *table, const int64_t *offsets, int64_t tensors, int threads,
-                 const Descent &by) {
-  const Cut cut(offsets, tensors, threads);
-  std::vector<double> parts(cut.chunks.size()), h(tensors);
+void scale_learn(const T *g, const T *moves, double *table, const Group &group, const Descent &by) {
+  const Cut cut(group.offsets, group.tensors, group.threads);
+  std::vector<double> parts(cut.chunks.size()), h(group.tensors);
   cut.each([&](int64_t i, const Chunk &at) { parts[i] = dot(g + at.first, moves + at.first, at.end - at.first); });
   for (size_t i = 0; i < cut.chunks.size(); ++i) h[cut.chunks[i].tensor] -= parts[i];
-  descend(table, tensors, h.data(), by);
-}
-
-// out = S^power * by * vector, without `by` if that is null.
-template <typename T>
-void scale_times(const T *vector, const T *by, T *out, const double *table, double power, double largest,
-                 const int64_t *offsets, int64_t tensors, int threads) {
-  Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
-    const T factor = T(std::exp(std::clamp(power * table[at.tensor], -largest, largest)));
-    if (by == nullptr) {
-#pragma omp simd
-      for (int64_t i = at.first; i < at.end; ++i) out[i] = factor * vector[i];
-    } else {
-#pragma omp simd
-      for (int64_t i = at.first; i < at.end; ++i) out[i] = factor * (by[i] * vector[i]);
-    }
-  });
-}
-
-// gains = S D, times `others` unless that is null, once v has taken in g unless that is null.
-template <typename T>
-void adam_gains(T *square, const T *g, const T *others, T *gains, const double *table, const int64_t *offsets,
-                int64_t tensors, int threads, T weight, T inverse_bias, T eps, double largest) {
-  Cut(offsets, tensors, threads).each([&](int64_t, const Chunk &at) {
-    const T scale = table == nullptr ? T(1) : T(std::exp(std::clamp(table[at.tensor], -largest, largest)));
-    if (g != nullptr) {
-#pragma omp simd
-      for (int64_t i = at.first; i < at.end; ++i) square[i] += weight * (g[i] * g[i] - square[i]);
-    }
-#pragma omp simd
-    for (int64_t i = at.first; i < at.end; ++i) gains[i] = scale / (std::sqrt(square[i] * inverse_bias) + eps);
-    if (others != nullptr) {
-#pragma omp simd
-      for (int64_t i = at.first; i < at.end; ++i) gains[i] *= others[i];
-    }
-  });
-}
-
-template <typename T>
-void log_diagonal_learn(T *theta, T *mean, T *square, const T *reply, const T *m, int64_t size, int threads, T lr,
-                        T step_size, T forget1, T keep2, T forget2, T eps) {
-  const int64_t all[] = {0, size};
-  Cut(all, 1, threads).each([&](int64_t, const Chunk &at) {
-    if (mean == nullptr) {
-#pragma omp simd
-      for (int64_t i = at.first; i < at.end; ++i) theta[i] += step_size * lr * reply[i] * m[i];
-      return;
-    }
-#pragma omp simd
-    for (int64_t i = at.first; i < at.end; ++i) {
-      const T h = -lr * reply[i] * m[i];
-      mean[i] += forget1 * (h - mean[i]);
-      square[i] = keep2 * square[i] + forget2 * h * h;
-      theta[i] -= step_size * mean[i] / (std::sqrt(square[i]) + eps);
-    }
-  });
+  descend(table, group.tensors, h.data(), by);
 }
 
 } // namespace
 
 #define LODO_PARTS(T, SUFFIX)                                                                                          \
-  extern "C" void lodo_mixture_learn_##SUFFIX(                                                                         \
-      const T *momenta, const T *step, double *table, const double *decay, const int64_t *offsets, int64_t decays,     \
-      int64_t tensors, int threads, double steps, double rate, double forget1, double forget2, double bias1,           \
-      double bias2, double tiny) {                                                                                     \
-    mixture_learn(momenta, step, table, decay, offsets, decays, tensors, threads, steps,                               \
-                  {rate, forget1, forget2, bias1, bias2, tiny});                                                       \
+  extern "C" void lodo_judge_##SUFFIX(                                                                                 \
+      const T *g, const T *gains, const T *judged, const double *scale, T *theta, T *mean, T *square, T *momenta,      \
+      double *table, const double *decay, const int64_t *offsets, int64_t decays, int64_t tensors,                     \
+      int threads, double largest, double lr, double steps, double rate, double table_forget1, double table_forget2,   \
+      double bias1, double bias2, double tiny, double step_size, double forget1, double keep2, double forget2,         \
+      double eps) {                                                                                                    \
+    judge<T>(g, gains, judged, scale, {momenta, table, decay, decays},                                                 \
+             {theta, mean, square, T(step_size), T(forget1), T(keep2), T(forget2), T(eps)},                            \
+             {offsets, tensors, threads}, steps, {rate, table_forget1, table_forget2, bias1, bias2, tiny}, T(lr),      \
+             largest);                                                                                                 \
   }                                                                                                                    \
-  extern "C" void lodo_mixture_mix_##SUFFIX(T *momenta, const T *g, T *m, const double *table, const double *decay,    \
-                                            const int64_t *offsets, int64_t decays, int64_t tensors, int threads,      \
-                                            double steps, double active) {                                             \
-    mixture_mix(momenta, g, m, table, decay, offsets, decays, tensors, threads, steps, active);                        \
+  extern "C" void lodo_advance_##SUFFIX(T *gains, const T *g, T *m, T *e, T *step, const double *scale, T *square,     \
+                                        T *momenta, double *table, const double *decay, const int64_t *offsets,        \
+                                        int64_t decays, int64_t tensors, int threads, double largest, double steps,    \
+                                        double weight, double bias, double eps, double lr, double beta,                \
+                                        double trace) {                                                                \
+    advance<T>(gains, g, m, e, step, scale, {square, T(weight), T(1 / bias), T(eps)},                                  \
+               {momenta, table, decay, decays}, {offsets, tensors, threads}, steps, beta, T(trace), T(lr), largest);   \
   }                                                                                                                    \
   extern "C" void lodo_scale_learn_##SUFFIX(const T *g, const T *moves, double *table, const int64_t *offsets,         \
                                             int64_t tensors, int threads, double rate, double forget1, double forget2, \
                                             double bias1, double bias2, double tiny) {                                 \
-    scale_learn(g, moves, table, offsets, tensors, threads, {rate, forget1, forget2, bias1, bias2, tiny});             \
-  }                                                                                                                    \
-  extern "C" void lodo_scale_times_##SUFFIX(const T *vector, const T *by, T *out, const double *table,                 \
-                                            const int64_t *offsets, int64_t tensors, int threads, double power,        \
-                                            double largest) {                                                          \
-    scale_times(vector, by, out, table, power, largest, offsets, tensors, threads);                                    \
-  }                                                                                                                    \
-  extern "C" void lodo_adam_gains_##SUFFIX(T *square, const T *g, const T *others, T *gains, const double *table,      \
-                                           const int64_t *offsets, int64_t tensors, int threads, double weight,        \
-                                           double bias, double eps, double largest) {                                  \
-    adam_gains(square, g, others, gains, table, offsets, tensors, threads, T(weight), T(1 / bias), T(eps), largest);   \
-  }                                                                                                                    \
-  extern "C" void lodo_log_diagonal_learn_##SUFFIX(                                                                    \
-      T *theta, T *mean, T *square, const T *reply, const T *m, int64_t size, int threads, double lr,                  \
-      double step_size, double forget1, double keep2, double forget2, double eps) {                                    \
-    log_diagonal_learn(theta, mean, square, reply, m, size, threads, T(lr), T(step_size), T(forget1), T(keep2),        \
-                       T(forget2), T(eps));                                                                            \
+    scale_learn<T>(g, moves, table, {offsets, tensors, threads}, {rate, forget1, forget2, bias1, bias2, tiny});        \
   }
 
 LODO_PARTS(float, f32)

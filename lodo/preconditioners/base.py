@@ -18,6 +18,7 @@ class Operator(ABC):
 
     theta: Tensor
     size: int
+    drift: float | None = None  # that bounds meta_lr (`lodo.meta.bounded`)
 
     @abstractmethod
     def apply(self, v: Tensor) -> Tensor:

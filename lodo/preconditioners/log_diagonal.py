@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import kernels, meta
+from lodo import meta
 from lodo.preconditioners.base import Preconditioner, as_theta
 from lodo.scalars import Number
 
@@ -22,6 +22,7 @@ class LogDiagonal(Preconditioner):
     """
 
     kind = "log_diagonal"
+    drift = 30.0
 
     def __init__(self, log_weight: Tensor) -> None:
         log_weight = as_theta("log_weight", log_weight, dims=1)
@@ -60,11 +61,7 @@ class LogDiagonal(Preconditioner):
         self, reply: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates
     ) -> None:
         """`learn_` with the operator times g, in place of g, which it overwrites: h = -lr * reply * m."""
-        is_wide = moments is None or moments[0].dtype == self.theta.dtype
-        if is_wide and kernels.native.available(self.theta):
-            kernels.native.log_diagonal_learn_(self.theta, moments, reply, m, lr, rates)
-        else:
-            meta.update_(self.theta, reply.mul_(m).mul_(-lr), moments, rates)
+        meta.update_(self.theta, reply.mul_(m).mul_(-lr), moments, rates)
 
     def bound_condition_(self, largest: float) -> None:
         bound = 0.5 * math.log(largest)
