@@ -315,6 +315,18 @@ def test_moving_to_another_dtype_takes_the_parts_along(base):
     optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["momenta", "mixture", "moves", "scale", "trace", "base_exp_avg_sq", "base_factors"])
+def test_state_of_a_wrong_shape_is_refused_before_a_kernel_reads_beyond_its_end(name):
+    params, optimizer = trained("log_diagonal", **ALL, decays=(0.0, 0.9, 0.99))
+    entry = entry_of(optimizer)
+    entry[name] = entry[name][..., :-1].clone()
+    before = flat(params)
+    backward(params)
+    with pytest.raises(RuntimeError, match=f"{name} in the state of a param group has shape"):
+        optimizer.step()
+    assert torch.equal(flat(params), before)
+
+
 # ---- saved states --------------------------------------------------------------------------------------------------
 
 
