@@ -13,6 +13,7 @@ a step is turned back as it goes out, and what is kept in between is turned when
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -145,13 +146,14 @@ class SoapBase(AdamBase):
     def _rotated(self, v: Tensor, back: bool) -> Tensor:
         v = v.contiguous()
         turned = v.clone()
-        for each in self._factored:
-            part = each.of(turned)
-            *firsts, last = each.factors
-            matrix = each.of(v)
-            for factor in firsts:
-                matrix = factor.times(matrix, factor.back if back else factor.ahead)
-            last.times(matrix, last.back if back else last.ahead, out=part)
+        with _own_precision(v):
+            for each in self._factored:
+                part = each.of(turned)
+                *firsts, last = each.factors
+                matrix = each.of(v)
+                for factor in firsts:
+                    matrix = factor.times(matrix, factor.back if back else factor.ahead)
+                last.times(matrix, last.back if back else last.ahead, out=part)
         return turned
 
     def turn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
@@ -163,8 +165,9 @@ class SoapBase(AdamBase):
             for each in self._factored:
                 each.learn_(g, 1 - FACTOR_DECAY**FACTORS_EVERY)
         if is_due:
-            for each in self._factored:
-                each.renew_(kept, is_first)
+            with _own_precision(g):
+                for each in self._factored:
+                    each.renew_(kept, is_first)
         return self.rotate(g) if is_due else rotated
 
 
@@ -225,6 +228,12 @@ class _Factored(NamedTuple):
             for vector in kept:
                 part = self.of(vector)
                 part.copy_(factor.times(part, turn))
+
+
+def _own_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where matrices are multiplied in their own precision, though `torch.autocast` be in force around it."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:
