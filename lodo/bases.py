@@ -13,6 +13,7 @@ a step is turned back as it goes out, and what is kept in between is turned when
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -149,11 +150,12 @@ class SoapBase(AdamBase):
         before, after = v.split_with_sizes(self._lengths), turned.split_with_sizes(self._lengths)
         if self._others:
             torch._foreach_copy_([after[place] for place in self._others], [before[place] for place in self._others])
-        for place, shape, (*firsts, last) in self._factored:
-            matrix = before[place].view(shape)
-            for factor in firsts:
-                matrix = factor.times(matrix, factor.back if back else factor.ahead)
-            last.times(matrix, last.back if back else last.ahead, out=after[place].view(shape))
+        with _own_precision(v):
+            for place, shape, (*firsts, last) in self._factored:
+                matrix = before[place].view(shape)
+                for factor in firsts:
+                    matrix = factor.times(matrix, factor.back if back else factor.ahead)
+                last.times(matrix, last.back if back else last.ahead, out=after[place].view(shape))
         return turned
 
     def _matrices(self, vectors: Tensor) -> list[Tensor]:
@@ -172,8 +174,9 @@ class SoapBase(AdamBase):
                 each.learn_(matrix, weight)
         if is_due:
             matrices = [self._matrices(vectors) for vectors in kept]
-            for each, *own in zip(self._factored, *matrices, strict=True):
-                each.renew_(own, is_first)
+            with _own_precision(g):
+                for each, *own in zip(self._factored, *matrices, strict=True):
+                    each.renew_(own, is_first)
         return self.rotate(g) if is_due else rotated
 
 
@@ -226,6 +229,12 @@ class _Factored(NamedTuple):
             turn = factor.renew_(is_first)
             for matrix in kept:
                 matrix.copy_(factor.times(matrix, turn))
+
+
+def _own_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where matrices are multiplied in their own precision, though `torch.autocast` be in force around it."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:

@@ -22,12 +22,12 @@ from lodo.scalars import Number, is_tensor
 BETA1 = 0.9
 BETA2 = 0.999
 EPS = 1e-7
-ROWS = 3  # of the tables of `descend_`
-TABLE_BETA2 = (
-    0.995  # losses fall by orders of magnitude: what is remembered for long would be too large to compare with
-)
-DRIFT = 5.0  # of these tables
-TINY = 1e-30
+
+# Of `descend_`. Losses fall by orders of magnitude: second moments that remembered longer would be too large.
+ROWS = 3  # of its tables
+TABLE_BETA2 = 0.995
+DRIFT = 5.0  # see `descent`
+TINY = 1e-30  # in place of EPS: what is normalised may be of any size
 
 KINDS = ("adam", "sgd")
 

@@ -39,7 +39,7 @@ class Mixture:
         """Gives the weights their start."""
         count = len(self._decays_of)
         nearest = min(range(count), key=lambda index: abs(self._decays_of[index] - beta))
-        shares = torch.full((count,), (1 - FIRST_SHARE) / max(count - 1, 1), dtype=self.table.dtype)
+        shares = self.decays.new_full((count,), (1 - FIRST_SHARE) / max(count - 1, 1))
         shares[nearest] = FIRST_SHARE if count > 1 else 1.0
         self.table[0].copy_(shares.log()[:, None].expand_as(self.table[0]))
 

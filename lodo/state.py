@@ -41,6 +41,7 @@ MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
 SCALE_KEYS = ("scale", "moves")
 MIXTURE_KEYS = ("momenta", "mixture")
+TABLES = ("scale", "mixture")
 EXTRA_KEYS = ("trace", "base_exp_avg_sq", "base_factors", *SCALE_KEYS, *MIXTURE_KEYS)
 OTHER_GROUPS = """the state of a param group is that of other groups, whose networks act on other parameters; \
 ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
@@ -121,9 +122,9 @@ class GroupState:
         missing = self.missing_extras(group)
         if not missing:
             return
-        wanted, wide = shapes(self.flat.size, group), self.last_lr.tensor.dtype
+        wanted, wide = shapes(self.flat.size, group), _wide(self.flat.device)
         for name in missing:
-            dtype = wide if name in ("scale", "mixture") else self.flat.dtype
+            dtype = wide if name in TABLES else self.flat.dtype
             self.extras[name] = torch.zeros(wanted[name], dtype=dtype, device=self.flat.device)
         if "trace" in missing:
             self.extras["trace"].copy_(self.momentum)
@@ -350,9 +351,14 @@ def start(group: dict[str, Any], learned: Preconditioner | None = None) -> Group
             f"preconditioner was learned for {learned.size} parameters, but its param group holds {flat.size}"
         )
     momentum = flat.new_vector(kept_dtype(group["momentum_dtype"], flat.dtype))
-    wide = torch.float32 if flat.device.type == "mps" else torch.float64
+    wide = _wide(flat.device)
     cells = [Cell(momentum.new_zeros((), dtype=dtype)) for dtype in (wide, wide, torch.int64, torch.int64)]
     return GroupState(flat, preconditioner, None, momentum, flat.views(momentum), {}, *cells)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The dtype of tables and counts: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def bind(group: dict[str, Any], state: State) -> GroupState:
@@ -362,7 +368,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
     because the saved one did not fit, a new one starts.
 
     Raises:
-        RuntimeError: if the group has other parameters than its state was made for.
+        RuntimeError: if the group has other parameters or options than its state was made for.
     """
     params = group["params"]
     _check_bound(group, state)
@@ -385,9 +391,9 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
     if "steps" not in entry:  # format 1
         entry["steps"] = torch.zeros_like(entry["skipped"])
     cells = [Cell(here(name)) for name in COUNT_KEYS]
-    extras = {name: here(name) for name in EXTRA_KEYS if name in entry}
-    for name in extras.keys() - {"scale", "mixture"}:
-        extras[name] = extras[name].to(flat.dtype)
+    # The kernels take the tables for float64, whatever device the state comes from.
+    dtypes = dict.fromkeys(TABLES, _wide(flat.device))
+    extras = {name: here(name, dtypes.get(name, flat.dtype)) for name in EXTRA_KEYS if name in entry}
     return GroupState(flat, preconditioner, moments, momentum, parts, extras, *cells)
 
 
@@ -405,10 +411,11 @@ def has_state(group: dict[str, Any], state: State) -> bool:
 
 
 def _check_bound(group: dict[str, Any], state: State) -> None:
-    """Refuses state that was put into `optimizer.state` past `load_state_dict`, or that parameters were slipped under.
+    """Refuses state that was put into `optimizer.state` past `load_state_dict`, or that parameters or options were
+    slipped under: kernels trust the shapes.
 
     Raises:
-        RuntimeError: if it is not of a group of these parameters.
+        RuntimeError: if it is not of a group of these parameters, with these options.
     """
     params = group["params"]
     if any("momentum" not in state.get(p, ()) or state[p]["momentum"].shape != p.shape for p in params):
@@ -416,7 +423,12 @@ def _check_bound(group: dict[str, Any], state: State) -> None:
             "the parameters of a param group have changed since its first step, and its network acts on those it had; "
             "use add_param_group for new ones"
         )
-    theta = entry_of(group, state).get("theta")
-    fits = theta is None or tuple(theta.shape) == shapes(local_size(params), group)["theta"]
-    if not fits or sum("format" in state[p] for p in params) > 1:
+    entry, expected = entry_of(group, state), shapes(local_size(params), group)
+    misfits = [name for name in expected if name in entry and tuple(entry[name].shape) != expected[name]]
+    if "theta" in misfits or sum("format" in state[p] for p in params) > 1:
         raise RuntimeError(OTHER_GROUPS)
+    for name in misfits:
+        found = tuple(entry[name].shape)
+        raise RuntimeError(
+            f"{name} in the state of a param group has shape {found}, its options ask for {expected[name]}"
+        )

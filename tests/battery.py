@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lodo import LODO
+from lodo import LODO, RECOMMENDED
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -28,6 +28,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "maximize": {"maximize": True},
     "maximize, weight_decay": {"maximize": True, "weight_decay": 0.1, "lr": 0.5},
     "beta 0": {"beta": 0.0},
+    "recommended": {**RECOMMENDED},
+    "recommended, with all that bounds": {
+        **RECOMMENDED,
+        "weight_decay": 0.1,
+        "max_step_norm": 0.1,
+        "max_condition": 9.0,
+    },
+    "adam and blocks": {
+        "base": "adam",
+        "scale_lr": 0.03,
+        "decays": (0.0, 0.9),
+        "lr": 0.01,
+        "depth": 2,
+        "maximize": True,
+    },
     "tensor lr": {"lr": torch.tensor(0.7)},
     "tensor lr, weight_decay": {"lr": torch.tensor([0.7]), "weight_decay": 0.1, "preconditioner": "diagonal"},
 }

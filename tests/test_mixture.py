@@ -169,3 +169,28 @@ def test_decays_may_be_a_list_as_yaml_gives_it():
     one, _ = trained(shapes=SHAPES, decays=list(DECAYS))
     other, _ = trained(shapes=SHAPES, decays=DECAYS)
     assert torch.equal(flat(one), flat(other))
+
+
+def test_decays_that_the_state_was_not_made_for_are_refused():
+    params, optimizer = trained("log_diagonal", decays=(0.0, 0.9, 0.99))
+    optimizer.param_groups[0]["decays"] = (0.9,)
+    copied, other = copy.deepcopy((params, optimizer))
+    backward(copied)
+    with pytest.raises(RuntimeError, match=r"momenta .* has shape \(3, \d+\), its options ask for \(1, \d+\)"):
+        other.step()
+
+
+def test_tables_of_a_device_without_float64_become_float64(kernel):
+    """The kernels read them as that."""
+    params, optimizer = trained("log_diagonal", scale_lr=0.05, decays=(0.0, 0.9))
+    saved = copy.deepcopy(optimizer.state_dict())
+    entry = saved["state"][0]
+    for name in ("scale", "mixture", "meta_step", "last_lr"):
+        entry[name] = entry[name].float()
+    optimizer.load_state_dict(saved)
+    assert optimizer.preconditioners[0] is not None
+    for name in ("scale", "mixture"):
+        assert torch.equal(entry_of(optimizer)[name], entry[name].double())
+    backward(params)
+    optimizer.step()
+    assert entry_of(optimizer)["scale"].isfinite().all()

@@ -139,6 +139,25 @@ def test_grad_scaler_and_autocast():
     assert optimizer.skipped_steps == 0  # the scaler saw to it
 
 
+@pytest.mark.parametrize("options", [lodo.RECOMMENDED, {"lr": 0.2}], ids=["recommended", "paper's"])
+def test_a_step_within_autocast_is_one_without(options, kernel):
+    """Some wrap it all, and with other optimizers nothing comes of it."""
+    models = mlp(), mlp()
+    optimizers = [lodo.LODO(model.parameters(), **options) for model in models]
+    for _ in range(12):
+        for model, optimizer, is_on in zip(models, optimizers, (False, True), strict=True):
+            optimizer.zero_grad()
+            x, y = data()
+            nn.functional.mse_loss(model(x), y).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):
+                optimizer.step()
+    assert_equal(*map(parameters_of, models))
+    v = torch.randn(optimizers[0].preconditioners[0].size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = optimizers[1].preconditioners[0].matvec(v)
+    assert torch.equal(found, optimizers[0].preconditioners[0].matvec(v))
+
+
 def test_groups_may_live_on_different_devices_and_dtypes(device):
     first, second = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(7, device=device))
     optimizer = lodo.LODO([{"params": [first]}, {"params": [second]}], lr=0.1)

@@ -15,6 +15,7 @@ from torch import nn
 import lodo
 from lodo import scalars
 from lodo.options import ADDED
+from lodo.state import EXTRA_KEYS
 
 PARTS = {
     "trace": {"trace": 0.9},
@@ -32,7 +33,7 @@ PARTS = {
         "decays": [0.9, 0.0],
     },
 }
-ALL = {"base": "soap", "scale_lr": 0.05, "trace": 0.9}
+ALL = {"base": "soap", "scale_lr": 0.05, "trace": 0.9, "decays": (0.0, 0.9)}
 each_part = pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
 
 
@@ -315,6 +316,18 @@ def test_moving_to_another_dtype_takes_the_parts_along(base):
     optimizer.step()
 
 
+@pytest.mark.parametrize("name", EXTRA_KEYS)
+def test_state_of_a_wrong_shape_is_refused_before_a_kernel_reads_beyond_its_end(name):
+    params, optimizer = trained("log_diagonal", **ALL)
+    entry = entry_of(optimizer)
+    entry[name] = entry[name][..., :-1].clone()
+    before = flat(params)
+    backward(params)
+    with pytest.raises(RuntimeError, match=f"{name} in the state of a param group has shape"):
+        optimizer.step()
+    assert torch.equal(flat(params), before)
+
+
 # ---- saved states --------------------------------------------------------------------------------------------------
 
 
@@ -362,10 +375,10 @@ def with_number(index, number):
     return change
 
 
-TENSORS = ("trace", "base_exp_avg_sq", "base_factors", "scale", "moves")
+TENSORS = ("trace", "base_exp_avg_sq", "base_factors", "scale", "moves", "momenta", "mixture")
 DAMAGES = [
     *((f"no {name}", removed(name), f"{name} missing in the saved state") for name in TENSORS),
-    ("no parts", removed(*TENSORS), "trace, base_exp_avg_sq, base_factors, scale, moves missing"),
+    ("no parts", removed(*TENSORS), ", ".join(TENSORS) + " missing"),
     *((f"longer {name}", damaged(name, lambda t: torch.cat([t, t])), f"{name} has shape") for name in TENSORS),
     *((f"NaN in {name}", damaged(name, with_number(-1, float("nan"))), f"{name} holds NaN") for name in TENSORS),
     *(
@@ -376,7 +389,14 @@ DAMAGES = [
     *((f"sparse {name}", damaged(name, torch.Tensor.to_sparse), f"{name} has layout") for name in TENSORS),
     *((f"text for {name}", damaged(name, str), f"{name} must be a tensor") for name in TENSORS),
     ("negative v", damaged("base_exp_avg_sq", with_number(3, -1.0)), "base_exp_avg_sq must hold numbers >= 0"),
-    ("negative moment", damaged("scale", with_number(-1, -1.0)), "second moments in scale must hold numbers >= 0"),
+    *(
+        (
+            f"negative moment in {name}",
+            damaged(name, with_number(-1, -1.0)),
+            f"second moments in {name} must hold numbers",
+        )
+        for name in ("scale", "mixture")
+    ),
     ("another base", lambda saved: saved["param_groups"][0].update(base="adam"), "of base 'adam', this .* is 'soap'"),
 ]
 

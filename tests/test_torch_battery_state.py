@@ -63,8 +63,9 @@ def test_names_travel_with_the_state(named):
 
 @every_config
 def test_state_of_an_older_version_can_be_loaded(kwargs):
+    """One that had no base and no decays cannot have had them switched on."""
     problem = Problem(kwargs).run(2)
-    options = list(problem.optimizer.defaults)
+    options = [name for name in problem.optimizer.defaults if name not in ("base", "decays") or name not in kwargs]
     for missing in [options, *([name] for name in options)]:
         saved, other = copy.deepcopy(problem.optimizer.state_dict()), Problem(kwargs)
         for name in missing:
