@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.scalars import Number
-from lodo.scale import Scale
 
 FORGET = 1e-3  # share of v, and of the averages of g g^T, that a step replaces
 MEMORY = 10.0  # but at step t at most MEMORY / t: later these are averages over a tenth of the steps
@@ -75,29 +74,13 @@ class AdamBase:
         """
         return rotated
 
-    def gains(
-        self,
-        steps: Number,
-        scale: Scale | None,
-        others: Tensor | None = None,
-        rotated: Tensor | None = None,
-        active: Number = 1,
-    ) -> Tensor:
-        """The diagonal of S D, shape (n,), with v corrected for its start at zero.
+    def take_in_(self, rotated: Tensor, active: Number, steps: Number) -> None:
+        """v <- v + weight * ((Q^T g)^2 - v), for Q^T g of shape (n,); arguments as for `turn_`."""
+        self.exp_avg_sq.lerp_(rotated * rotated, active * self.numbers(steps)[0])
 
-        Args:
-            steps: that were taken.
-            scale: S; None for the identity.
-            others: gains to multiply it with, shape (n,).
-            rotated: Q^T g, to be taken into v before: v <- v + weight * ((Q^T g)^2 - v).
-            active: whether to.
-        """
-        weight, bias = self.numbers(steps)
-        if rotated is not None:
-            self.exp_avg_sq.lerp_(rotated * rotated, active * weight)
-        gains = torch.sqrt(self.exp_avg_sq / bias).add_(EPS).reciprocal_()
-        gains = gains if scale is None else scale.times(gains, 1.0)
-        return gains if others is None else gains.mul_(others)
+    def gains(self, steps: Number) -> Tensor:
+        """The diagonal of D after so many steps, shape (n,), with v corrected for its start at zero."""
+        return torch.sqrt(self.exp_avg_sq / self.numbers(steps)[1]).add_(EPS).reciprocal_()
 
     @staticmethod
     def numbers(steps: Number) -> tuple[Number, Number]:

@@ -42,7 +42,7 @@ class Composite(Operator):
     def root(self) -> Tensor:
         """The diagonal of (S D)^1/2, shape (n,)."""
         if self._root is None:
-            self._root = self._squares(self._steps).sqrt_()
+            self._root = self._squares().sqrt_()
         return self._root
 
     def whiten(self, v: Tensor) -> Tensor:
@@ -65,13 +65,11 @@ class Composite(Operator):
         return self.network.apply(v * self.root).mul_(self.root)
 
     def reply(self, g: Tensor) -> Tensor:
-        if self._gains is not None and self.scale is not None:
-            return self.scale.times(g, -1.0, self._gains)
         return self.apply(self.balance(g))
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
         """As a network's, but from `balance` of g; T is that of the last step until `observe_` is called."""
-        if self._gains is not None and isinstance(self.network, LogDiagonal):
+        if isinstance(self.network, LogDiagonal):
             self.network.learn_from_(self.reply(g), m, lr, moments, rates)
         elif self.theta.numel() > 0:
             self.network.learn_(self.balance(g) * self.root, m * self.root, lr, moments, rates)
@@ -83,26 +81,25 @@ class Composite(Operator):
         """Takes a gradient into the base, and what the scale has learned into T."""
         if self.base is not None:
             rotated = self.base.turn_(g, rotated, kept, active, steps)
-        self._refresh(steps, rotated, active)
+            self.base.take_in_(rotated, active, steps)
+        self._refresh(steps)
         return rotated
 
-    def _refresh(self, steps: Number, rotated: Tensor | None = None, active: Number = 1) -> None:
+    def _refresh(self, steps: Number) -> None:
         """Computes, once a step, all of the operator if it is diagonal, else `root`."""
         self._steps, self._root, self._gains = steps, None, None
         if is_diagonal(self.network):
-            others = self.network.diagonal() if isinstance(self.network, LogDiagonal) else None
-            self._gains = self._squares(steps, others, rotated, active)
+            self._gains = self.network.apply(self._squares())
         else:
-            self._root = self._squares(steps, None, rotated, active).sqrt_()
+            self._root = self._squares().sqrt_()
 
-    def _squares(
-        self, steps: Number, others: Tensor | None = None, rotated: Tensor | None = None, active: Number = 1
-    ) -> Tensor:
-        """S D, times other gains, once the base has taken in a gradient."""
-        if self.base is not None:
-            return self.base.gains(steps, self.scale, others, rotated, active)
-        assert self.scale is not None
-        return self.scale.times(torch.ones_like(self.scale.moves), 1.0, others)
+    def _squares(self) -> Tensor:
+        """The diagonal of S D."""
+        if self.base is None:
+            assert self.scale is not None
+            return self.scale.times(torch.ones_like(self.scale.moves), 1.0)
+        gains = self.base.gains(self._steps)
+        return gains if self.scale is None else self.scale.times(gains, 1.0)
 
     def __repr__(self) -> str:
         base = "None" if self.base is None else repr(self.base.kind)

@@ -78,7 +78,7 @@ class Fused(Composite):
         self._advance(steps, (g, m, e, step), mixture, lr, beta, trace)
         return step
 
-    def _refresh(self, steps: float, *_: object) -> None:
+    def _refresh(self, steps: float) -> None:
         # By the kernel that the steps take, so that what is restored from a state has the same bits.
         self._steps, self._root = steps, None
         self._gains = torch.empty(self.size, dtype=self.theta.dtype)

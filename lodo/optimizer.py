@@ -361,7 +361,7 @@ class LODO(Optimizer):
         )
         live.keep_momentum(momentum)
         self._move(group, live, step, lr, active)
-        live.has_stepped = True
+        live.seal()
 
     def _move(self, group: dict[str, Any], live: state.GroupState, step: Tensor, lr: Number, active: Number) -> None:
         """Subtracts a step from the parameters that have a gradient, bounded, and with weight decay."""

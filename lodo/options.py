@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lodo import meta
 from lodo.bases import BASES
+from lodo.composite import Composite
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, name_of
 
@@ -114,6 +115,8 @@ def check_options(options: dict[str, Any]) -> None:
                 "max_condition must be None with preconditioner='residual', which has no such bound, and with "
                 f"capturable=True, for it waits for the device; got {options['max_condition']!r}"
             )
+    if isinstance(options["preconditioner"], Composite):
+        raise ValueError("preconditioner must be a network, which a Composite has as its `.network`; got a Composite")
     if not isinstance(options["preconditioner"], Preconditioner):
         _check_choice("preconditioner", options["preconditioner"], tuple(BY_NAME))
     _check_choice("permutation", options["permutation"], ("random", "shuffle"))

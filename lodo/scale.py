@@ -59,9 +59,9 @@ class Scale:
         active = active.to(step.dtype) if is_tensor(active) else active
         add_decayed_(self.moves, step, 1 - active * (1 - trace))
 
-    def times(self, vector: Tensor, power: float, by: Tensor | None = None) -> Tensor:
-        """S^power, within exp(+-LARGEST_LOG), times a vector of shape (n,), and times another one elementwise."""
-        product = vector.clone() if by is None else by * vector
+    def times(self, vector: Tensor, power: float) -> Tensor:
+        """S^power, within exp(+-LARGEST_LOG), times a vector of shape (n,)."""
+        product = vector.clone()
         factors = (power * self.table[0]).clamp_(-LARGEST_LOG, LARGEST_LOG).exp_().to(vector.dtype)
         parts = list(product.split(self._lengths))
         torch._foreach_mul_(parts, factors.tolist() if vector.device.type == "cpu" else list(factors.unbind()))

@@ -18,6 +18,7 @@ as one) is loaded without its networks, which start anew. FSDP1's parameters do 
 "fsdp1_rank" holds the rank and the number of ranks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +78,7 @@ class GroupState:
     # The DTensors among them, with the tensors of this rank that they are made of.
     _shown: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
     _places: dict[str, int] = field(init=False, default_factory=dict)  # where the extras lie in memory
+    _versions: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.gradient = self.flat.new_vector()
@@ -153,8 +155,22 @@ class GroupState:
         if momentum is not self.momentum:
             kernels.for_rounding(momentum).round_into_(self.momentum, momentum, self.steps.get())
 
+    def seal(self) -> None:
+        """Ends a step: what somebody else writes into the tensors from here on is seen."""
+        self.has_stepped, self._versions = True, self._present_versions()
+
+    def _present_versions(self) -> list[int] | None:
+        """How often the tensors were written to that `operator` has computed something from; None if it has not."""
+        if self.operator is self.preconditioner:
+            return None
+        tensors = (self.preconditioner.theta, *self.extras.values())
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
     def is_bound_to(self, state: State, group: dict[str, Any]) -> bool:
-        """Whether `state` still holds these very tensors, in the dtypes that parameters and options ask for."""
+        """Whether `state` still holds these very tensors, in the dtypes that parameters and options ask for, and nobody
+        has written into what the last step has left."""
+        if self._versions is not None and self._versions != self._present_versions():
+            return False
         params = group["params"]
         entry = state[_carrier(params)]
         if self.momentum.dtype != kept_dtype(group["momentum_dtype"], self.flat.dtype):
@@ -272,6 +288,17 @@ def check_base(group: dict[str, Any]) -> None:
         )
 
 
+def check_kept_base(group: dict[str, Any], kept: Iterable[str]) -> None:
+    """Refuses to go on with another base than that of which these tensors are kept, and in whose coordinates momenta.
+
+    Raises:
+        ValueError: if the group's options ask for that.
+    """
+    found = next((kind for kind in reversed(BASES) if set(BASES[kind].names) <= set(kept)), None)
+    if found is not None and found != group["base"]:
+        raise ValueError(f"base must stay {found!r} for a param group that has state with it, got {group['base']!r}")
+
+
 def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
     """Which of EXTRA_KEYS the options of a group ask for."""
     trace = ("trace",) if group["trace"] > 0 else ()
@@ -291,7 +318,12 @@ def needed(group: dict[str, Any]) -> tuple[str, ...]:
 
 
 def has_all(group: dict[str, Any], live: GroupState) -> bool:
-    """Whether there is all that the group's options ask for."""
+    """Whether there is all that the group's options ask for.
+
+    Raises:
+        ValueError: if they ask for another base than is kept.
+    """
+    check_kept_base(group, live.extras)
     return (not uses_moments(group) or live.has_moments(group)) and not live.missing_extras(group)
 
 
@@ -369,6 +401,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
 
     Raises:
         RuntimeError: if the group has other parameters or options than its state was made for.
+        ValueError: if it has another base.
     """
     params = group["params"]
     _check_bound(group, state)
@@ -416,6 +449,7 @@ def _check_bound(group: dict[str, Any], state: State) -> None:
 
     Raises:
         RuntimeError: if it is not of a group of these parameters, with these options.
+        ValueError: if the options ask for another base.
     """
     params = group["params"]
     if any("momentum" not in state.get(p, ()) or state[p]["momentum"].shape != p.shape for p in params):
@@ -424,6 +458,7 @@ def _check_bound(group: dict[str, Any], state: State) -> None:
             "use add_param_group for new ones"
         )
     entry, expected = entry_of(group, state), shapes(local_size(params), group)
+    check_kept_base(group, entry)
     misfits = [name for name in expected if name in entry and tuple(entry[name].shape) != expected[name]]
     if "theta" in misfits or sum("format" in state[p] for p in params) > 1:
         raise RuntimeError(OTHER_GROUPS)

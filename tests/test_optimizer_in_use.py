@@ -243,3 +243,55 @@ def test_wrong_options_that_are_written_into_a_group_are_refused_before_anything
     assert_equal(before, everything())
     optimizer.param_groups[0].update(old)
     optimizer.step()
+
+
+@pytest.mark.parametrize("change", [("adam", "soap"), ("soap", "adam"), ("soap", None)], ids=str)
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_another_base_that_is_written_into_a_group_is_refused(change, is_copied):
+    """What is kept would be in other coordinates; a group that has none may still be given one."""
+    model, (old, new) = mlp(), change
+    optimizer = lodo.LODO(model.parameters(), **{**lodo.RECOMMENDED, "base": old})
+    train(model, optimizer, steps=2)
+    optimizer.param_groups[0]["base"] = new
+    if is_copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.clone() for p in model.parameters()]
+    message = f"base must stay '{old}' for a param group that has state with it, got {new!r}"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_equal(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["theta", "base_exp_avg_sq", "scale", "mixture", "base_factors"])
+def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name):
+    """A broadcast that makes replicas alike, say: a gradient is judged by the G that the state tells of."""
+    model = mlp()
+    optimizer = lodo.LODO(model.parameters(), **lodo.RECOMMENDED)
+    train(model, optimizer, steps=12)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    first = next(iter(model.parameters()))
+    before = copy.deepcopy(optimizer.state[first][name])
+    optimizer.state[first][name].mul_(1.5)
+    twin, other = copy.deepcopy((model, optimizer))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    optimizer.step(), other.step()
+    assert not torch.equal(optimizer.state[first][name], before)
+    assert_equal(list(model.parameters()), list(twin.parameters()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][key])), key
+
+
+def test_a_composite_is_carried_over_by_its_network():
+    model = mlp()
+    source = lodo.LODO(model.parameters(), **lodo.RECOMMENDED)
+    train(model, source, steps=3)
+    with pytest.raises(ValueError, match=r"preconditioner must be a network, .* its `.network`; got a Composite"):
+        lodo.LODO(model.parameters(), preconditioner=source.preconditioners[0])
+    network = source.preconditioners[0].network
+    taken = lodo.LODO(model.parameters(), **{**lodo.RECOMMENDED, "preconditioner": network})
+    assert torch.equal(taken.preconditioners[0].theta, network.theta)
