@@ -284,14 +284,3 @@ def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         for key, value in optimizer.state[p].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][key])), key
-
-
-def test_a_composite_is_carried_over_by_its_network():
-    model = mlp()
-    source = lodo.LODO(model.parameters(), **lodo.RECOMMENDED)
-    train(model, source, steps=3)
-    with pytest.raises(ValueError, match=r"preconditioner must be a network, .* its `.network`; got a Composite"):
-        lodo.LODO(model.parameters(), preconditioner=source.preconditioners[0])
-    network = source.preconditioners[0].network
-    taken = lodo.LODO(model.parameters(), **{**lodo.RECOMMENDED, "preconditioner": network})
-    assert torch.equal(taken.preconditioners[0].theta, network.theta)

@@ -174,7 +174,7 @@ def test_a_group_may_start_with_a_learned_network_and_freeze_it(kind, options):
     with pytest.raises(ValueError, match="learned for"):
         lodo.LODO(made(((2,),)), preconditioner=network)
     if options:
-        with pytest.raises(ValueError, match=r"preconditioner must be one of .*, got Composite"):
+        with pytest.raises(ValueError, match=r"preconditioner must be a network, .* its `.network`; got a Composite"):
             lodo.LODO(params, preconditioner=g)
 
 
