@@ -1,4 +1,4 @@
-"""The examples that show what LODO learns: TensorBoard's log, and the picture of the learned spectrum."""
+"""What shows what LODO learns: TensorBoard's log, the picture of the learned spectrum, the long run on the bowl."""
 
 import json
 import sys
@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import lodo
+from benchmarks import long_bowl
 from examples import learned_spectrum
+from examples.paper.tasks.bowl import NoisyBowl
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +53,35 @@ def test_diagnostics_reach_tensorboard(tmp_path, monkeypatch):
     steps = events.Scalars("group 0/steps")
     assert [(event.step, event.value) for event in steps] == [(20, 20), (40, 40)]
     assert events.Scalars("group 0/hypergradient_norm")[0].value > 0
+
+
+def test_the_long_bowl_is_measured_once_and_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_bowl, "WALKS", (0, 1))
+    command = ["--steps", "60", "--out", str(tmp_path)]
+    long_bowl.main(command)
+    runs = (tmp_path / "long_bowl.jsonl").read_text()
+    records = [json.loads(line) for line in runs.splitlines()]
+    assert [(own["call"], own["walk"]) for own in records] == [
+        (call, walk) for call in long_bowl.CALLS for walk in (0, 1)
+    ]
+    assert all(own["errors"][0] > own["errors"][-1] for own in records)
+    assert (tmp_path / "long_bowl.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "long_bowl.md").read_text()
+    assert f"| 60 | {(records[0]['errors'][-1] + records[1]['errors'][-1]) / 2:.3f} (" in report
+    (tmp_path / "long_bowl.jsonl").write_text("".join(line + "\n" for line in runs.splitlines()[1:]))
+    long_bowl.main(command)
+    again = [json.loads(line) for line in (tmp_path / "long_bowl.jsonl").read_text().splitlines()]
+    assert again == [*records[1:], records[0]]
+
+
+def test_the_exact_hessian_error_is_the_estimated_one():
+    task = NoisyBowl(seed=0)
+    optimizer = lodo.LODO(task.params, **lodo.RECOMMENDED)
+    for _ in range(200):
+        task.draw()
+        task.backward()
+        optimizer.step()
+    exact = long_bowl.hessian_error(optimizer, task.h)
+    g, generator = optimizer.preconditioners[0], torch.Generator().manual_seed(0)
+    estimated = lodo.hessian_error(g, lambda v: task.h @ v, lr=1e-3, samples=2000, generator=generator)
+    assert abs(estimated / exact - 1) < 0.05
