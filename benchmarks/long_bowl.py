@@ -23,7 +23,7 @@ from examples.paper.tasks.bowl import NoisyBowl
 
 CALLS: dict[str, dict[str, Any]] = {
     "lodo.RECOMMENDED": dict(lodo.RECOMMENDED),
-    'with preconditioner="identity"': {**lodo.RECOMMENDED, "preconditioner": "identity", "meta_lr": 0.0, "trace": 0.0},
+    'with preconditioner="identity"': {**lodo.RECOMMENDED, "preconditioner": "identity"},
 }
 WALKS = (0, 1, 2)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the steps, after which G is looked at

@@ -1,6 +1,7 @@
 """Base preconditioners: what is known about the curvature before anything is learned, from statistics of gradients.
 
-A base is a factor T (n, n) of G = lr * T^T U^T U T, so that with an untrained U the step is that of a known optimizer:
+A base is a factor T (n, n) of G = lr * T^T U^T U T. With an untrained U the step is that of a known optimizer, until at
+step MEMORY / FORGET its averages begin to last longer:
 
     "adam"   T = D^1/2        D = 1 / (sqrt(v) + eps), v Adam's second moment (Kingma and Ba, 2015)
     "soap"   T = D^1/2 Q^T    the same in the eigenbasis Q of Shampoo's factors (Vyas et al., "SOAP", 2024)
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lodo import meta
-from lodo.scalars import Number
+from lodo.scalars import Number, is_tensor
 
 FORGET = 1e-3  # share of v, and of the averages of g g^T, that a step replaces
 MEMORY = 10.0  # but at step t at most MEMORY / t: later these are averages over a tenth of the steps
@@ -76,7 +77,9 @@ class AdamBase:
 
     def take_in_(self, rotated: Tensor, active: Number, steps: Number) -> None:
         """v <- v + weight * ((Q^T g)^2 - v), for Q^T g of shape (n,); arguments as for `turn_`."""
-        self.exp_avg_sq.lerp_(rotated * rotated, active * self.numbers(steps)[0])
+        weight = active * self.numbers(steps)[0]
+        weight = weight.to(rotated.dtype) if is_tensor(weight) else weight
+        self.exp_avg_sq.lerp_(rotated * rotated, weight)
 
     def gains(self, steps: Number) -> Tensor:
         """The diagonal of D after so many steps, shape (n,), with v corrected for its start at zero."""

@@ -1,7 +1,6 @@
 """Lines 1 to 4 of Algorithm 1 in two passes over memory, by compiled kernels on the CPU.
 
-For a G that is diagonal in the coordinates of its base, of which `lodo.step` has the plain form: there the same takes
-some fifty calls, and as many passes.
+For a G that is diagonal in the coordinates of its base. `lodo.step` has the plain form, of many more.
 """
 
 from collections.abc import Sequence
@@ -81,7 +80,7 @@ class Fused(Composite):
     def _refresh(self, steps: float) -> None:
         # By the kernel that the steps take, so that what is restored from a state has the same bits.
         self._steps, self._root = steps, None
-        self._gains = torch.empty(self.size, dtype=self.theta.dtype)
+        self._gains = torch.empty(self.size, dtype=self.theta.dtype, device=self.theta.device)
         self._advance(steps)
 
     def _advance(

@@ -32,13 +32,13 @@ class Mixture:
     """
 
     def __init__(self, momenta: Tensor, table: Tensor, decays: Sequence[float], lengths: list[int]) -> None:
-        self.momenta, self.table, self._decays_of, self._lengths = momenta, table, tuple(decays), lengths
-        self.decays = torch.tensor(self._decays_of, dtype=table.dtype, device=table.device)
+        self.momenta, self.table, self.decays_of, self._lengths = momenta, table, tuple(decays), lengths
+        self.decays = torch.tensor(self.decays_of, dtype=table.dtype, device=table.device)
 
     def start_(self, beta: float) -> None:
         """Gives the weights their start."""
-        count = len(self._decays_of)
-        nearest = min(range(count), key=lambda index: abs(self._decays_of[index] - beta))
+        count = len(self.decays_of)
+        nearest = min(range(count), key=lambda index: abs(self.decays_of[index] - beta))
         shares = self.decays.new_full((count,), (1 - FIRST_SHARE) / max(count - 1, 1))
         shares[nearest] = FIRST_SHARE if count > 1 else 1.0
         self.table[0].copy_(shares.log()[:, None].expand_as(self.table[0]))
@@ -62,7 +62,7 @@ class Mixture:
     def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number) -> None:
         """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,)."""
         active = active.to(m.dtype) if is_tensor(active) else active
-        for momentum, beta in zip(self.momenta, self._decays_of, strict=True):
+        for momentum, beta in zip(self.momenta, self.decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
         w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)

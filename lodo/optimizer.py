@@ -33,7 +33,7 @@ class LODO(Optimizer):
     Args:
         params: tensors, (name, tensor) pairs or dicts of param groups; float16, bfloat16, float32 or float64.
         lr: scale of G at the start (the paper's alpha_0), a number >= 0 or a one-element tensor.
-        meta_lr: learning rate of the inner optimizer (alpha); 0 freezes G.
+        meta_lr: learning rate of the inner optimizer (alpha); 0 freezes G. At step t of "log_diagonal" at most 30 / t.
         beta: decay of the momentum, an exponential moving average, in [0, 1).
         weight_decay: decoupled, x <- (1 - lr * weight_decay) x, outside the hypergradient.
         preconditioner: "block_permutation", "residual", "diagonal", "scalar", beyond the paper "log_diagonal" and

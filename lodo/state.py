@@ -47,6 +47,8 @@ EXTRA_KEYS = ("trace", "base_exp_avg_sq", "base_factors", *SCALE_KEYS, *MIXTURE_
 OTHER_GROUPS = """the state of a param group is that of other groups, whose networks act on other parameters; \
 ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
 
+SINCE = "for a param group that has state with it"
+
 State = dict[Any, dict[str, Any]]
 
 
@@ -149,6 +151,7 @@ class GroupState:
             kind = None if group["base"] is None else BASES[group["base"]]
             base = None if kind is None else kind(self.flat.shapes, self.extras)
             self.operator = put_together(self.preconditioner, base, self.scale, self.count(), self.flat.lengths)
+        self._versions = self._present_versions()
 
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""
@@ -168,8 +171,8 @@ class GroupState:
 
     def is_bound_to(self, state: State, group: dict[str, Any]) -> bool:
         """Whether `state` still holds these very tensors, in the dtypes that parameters and options ask for, and nobody
-        has written into what the last step has left."""
-        if self._versions is not None and self._versions != self._present_versions():
+        else has written into them since they were bound or a step was taken."""
+        if self._versions != self._present_versions():
             return False
         params = group["params"]
         entry = state[_carrier(params)]
@@ -288,15 +291,18 @@ def check_base(group: dict[str, Any]) -> None:
         )
 
 
-def check_kept_base(group: dict[str, Any], kept: Iterable[str]) -> None:
-    """Refuses to go on with another base than that of which these tensors are kept, and in whose coordinates momenta.
+def check_kept_parts(group: dict[str, Any], kept: Iterable[str]) -> None:
+    """Refuses to go on with another base than that of which these tensors are kept, and in whose coordinates momenta
+    are, or without the mixture that they are of.
 
     Raises:
         ValueError: if the group's options ask for that.
     """
     found = next((kind for kind in reversed(BASES) if set(BASES[kind].names) <= set(kept)), None)
     if found is not None and found != group["base"]:
-        raise ValueError(f"base must stay {found!r} for a param group that has state with it, got {group['base']!r}")
+        raise ValueError(f"base must stay {found!r} {SINCE}, got {group['base']!r}")
+    if "momenta" in kept and group["decays"] is None:
+        raise ValueError(f"decays must stay {SINCE}, got None")
 
 
 def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
@@ -321,9 +327,11 @@ def has_all(group: dict[str, Any], live: GroupState) -> bool:
     """Whether there is all that the group's options ask for.
 
     Raises:
-        ValueError: if they ask for another base than is kept.
+        ValueError: if they ask for another base, or for other decays, than is kept.
     """
-    check_kept_base(group, live.extras)
+    check_kept_parts(group, live.extras)
+    if live.mixture is not None and live.mixture.decays_of != tuple(group["decays"]):
+        raise ValueError(f"decays must stay {live.mixture.decays_of} {SINCE}, got {group['decays']!r}")
     return (not uses_moments(group) or live.has_moments(group)) and not live.missing_extras(group)
 
 
@@ -401,7 +409,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
 
     Raises:
         RuntimeError: if the group has other parameters or options than its state was made for.
-        ValueError: if it has another base.
+        ValueError: if it has another base, or no mixture any more.
     """
     params = group["params"]
     _check_bound(group, state)
@@ -449,7 +457,7 @@ def _check_bound(group: dict[str, Any], state: State) -> None:
 
     Raises:
         RuntimeError: if it is not of a group of these parameters, with these options.
-        ValueError: if the options ask for another base.
+        ValueError: if the options ask for another base, or for no mixture.
     """
     params = group["params"]
     if any("momentum" not in state.get(p, ()) or state[p]["momentum"].shape != p.shape for p in params):
@@ -458,7 +466,7 @@ def _check_bound(group: dict[str, Any], state: State) -> None:
             "use add_param_group for new ones"
         )
     entry, expected = entry_of(group, state), shapes(local_size(params), group)
-    check_kept_base(group, entry)
+    check_kept_parts(group, entry)
     misfits = [name for name in expected if name in entry and tuple(entry[name].shape) != expected[name]]
     if "theta" in misfits or sum("format" in state[p] for p in params) > 1:
         raise RuntimeError(OTHER_GROUPS)

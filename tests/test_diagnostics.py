@@ -1,5 +1,6 @@
 """`LODO.diagnostics` and `lodo.spectrum`, against dense matrices, autograd and the steps themselves."""
 
+import copy
 import math
 
 import numpy as np
@@ -151,6 +152,25 @@ def test_the_default_device_and_dtype_have_no_influence():
             del figures[name]
     assert found == expected
     assert eigenvalues.device.type == nothing.device.type == "cpu"
+
+
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+@pytest.mark.parametrize("kind", ["log_diagonal", "identity", "block_permutation"])
+def test_the_default_device_has_no_influence_on_steps_and_loads(kind, base):
+    def run(device):
+        params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), nn.Parameter(torch.ones(4))]
+        optimizer = lodo.LODO(params, **{**lodo.RECOMMENDED, "preconditioner": kind, "base": base})
+        for step in range(12):
+            if step == 6:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            for p in params:
+                p.grad = p.detach().sin()
+            with torch.device(device):
+                optimizer.step()
+        return params
+
+    for found, expected in zip(run("meta"), run("cpu"), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_maximize_counts_the_gradient_upwards():

@@ -171,13 +171,20 @@ def test_decays_may_be_a_list_as_yaml_gives_it():
     assert torch.equal(flat(one), flat(other))
 
 
-def test_decays_that_the_state_was_not_made_for_are_refused():
+@pytest.mark.parametrize("decays", [(0.9,), (0.0, 0.9, 0.98), None])
+def test_decays_that_the_state_was_not_made_for_are_refused(decays):
     params, optimizer = trained("log_diagonal", decays=(0.0, 0.9, 0.99))
-    optimizer.param_groups[0]["decays"] = (0.9,)
+    before, optimizer.param_groups[0]["decays"] = flat(params), decays
     copied, other = copy.deepcopy((params, optimizer))
-    backward(copied)
-    with pytest.raises(RuntimeError, match=r"momenta .* has shape \(3, \d+\), its options ask for \(1, \d+\)"):
-        other.step()
+    for own in (params, copied):
+        backward(own)
+    message = "decays must stay for" if decays is None else r"decays must stay \(0.0, 0.9, 0.99\) for"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    if decays is None or len(decays) != 3:  # of others the state does not tell
+        with pytest.raises((ValueError, RuntimeError), match=r"decays must stay for|momenta .* has shape"):
+            other.step()
+    assert torch.equal(flat(params), before)
 
 
 def test_tables_of_a_device_without_float64_become_float64(kernel):

@@ -265,13 +265,17 @@ def test_another_base_that_is_written_into_a_group_is_refused(change, is_copied)
 
 
 @pytest.mark.parametrize("name", ["theta", "base_exp_avg_sq", "scale", "mixture", "base_factors"])
-def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name):
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name, is_loaded):
     """A broadcast that makes replicas alike, say: a gradient is judged by the G that the state tells of."""
     model = mlp()
     optimizer = lodo.LODO(model.parameters(), **lodo.RECOMMENDED)
     train(model, optimizer, steps=12)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
+    if is_loaded:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.diagnostics()  # which binds the state before a step does
     first = next(iter(model.parameters()))
     before = copy.deepcopy(optimizer.state[first][name])
     optimizer.state[first][name].mul_(1.5)

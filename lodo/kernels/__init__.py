@@ -2,7 +2,8 @@
 
 `native` runs the block-diagonal x permutation network on CPUs, `gpu` all networks on CUDA, `reference` in plain torch
 wherever they cannot. They have the same functions: for each preconditioner `matvec` applies it and `learn_` takes one
-inner step along the hypergradient. LODO_NATIVE=0 in the environment asks for plain torch.
+inner step along the hypergradient. (`native` has the two passes of `lodo.fused` too.) LODO_NATIVE=0 in the environment
+asks for plain torch.
 """
 
 from collections.abc import Sequence

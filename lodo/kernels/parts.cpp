@@ -164,7 +164,7 @@ void judge(const T *g, const T *gains, const T *judged, const double *scale, con
     const int64_t count = at.end - at.first;
     const T inverse = factor<T>(scale, at.tensor, -1.0, largest);
 #pragma omp simd
-    for (int64_t k = 0; k < count; ++k) reply[k] = inverse * (gains[at.first + k] * g[at.first + k]);
+    for (int64_t k = 0; k < count; ++k) reply[k] = gains[at.first + k] * (inverse * g[at.first + k]);
     for (int64_t b = 0; b < mixture.decays; ++b)
       parts[i * mixture.decays + b] = dot(mixture.momenta + b * n + at.first, reply, count);
     if (inner.theta != nullptr) {
@@ -204,27 +204,30 @@ void complete(T *__restrict gains, const T *g, Base<T> base, T scale, int64_t fi
   for (int64_t i = 0; i < count; ++i) gains[i] *= scale / (std::sqrt(v[i] * base.inverse_bias) + base.eps);
 }
 
+// momentum <- lerp(momentum, g, 1 - decay), by the one of two formulas that torch takes for it.
+template <typename T> struct Forgetting {
+  T keep, forget;
+  bool is_most;
 
-template <typename T> void take_in(T *__restrict momentum, const T *__restrict g, double decay, int64_t count) {
-  const T forget = T(1 - decay), keep = T(decay);
-  if (forget < 0.5) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) momentum[i] += forget * (g[i] - momentum[i]);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) momentum[i] = g[i] - keep * (g[i] - momentum[i]);
+  explicit Forgetting(double decay) : keep(T(decay)), forget(T(1 - decay)), is_most(1 - decay >= 0.5) {}
+  T operator()(T momentum, T g) const {
+    return is_most ? g - keep * (g - momentum) : momentum + forget * (g - momentum);
   }
-}
-template <typename T> void mixin(T *__restrict sum, T *__restrict momentum, const T *__restrict g, double decay, T share, int64_t count) {
-  const T forget = T(1 - decay), keep = T(decay);
-  if (forget < 0.5) {
+};
+
+template <typename T>
+void take_in(T *__restrict momentum, const T *__restrict g, Forgetting<T> forgetting, int64_t count) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) { momentum[i] += forget * (g[i] - momentum[i]); sum[i] += share*momentum[i]; }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) { momentum[i] = g[i] - keep * (g[i] - momentum[i]);  sum[i] += share*momentum[i]; }
-  }
+  for (int64_t i = 0; i < count; ++i) momentum[i] = forgetting(momentum[i], g[i]);
 }
+
+template <typename T>
+void take_in_and_add(T *__restrict momentum, const T *__restrict g, Forgetting<T> forgetting, T *__restrict sum,
+                     T share, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) sum[i] += share * (momentum[i] = forgetting(momentum[i], g[i]));
+}
+
 // e <- trace * e + m, unless that is null; step = lr * gains * m.
 template <typename T>
 void finish(T *__restrict e, T *__restrict step, const T *__restrict m, const T *__restrict gains, T trace, T lr,
@@ -237,6 +240,14 @@ void finish(T *__restrict e, T *__restrict step, const T *__restrict m, const T 
   for (int64_t i = 0; i < count; ++i) step[i] = lr * (gains[i] * m[i]);
 }
 
+// The weights of the mixture by decay and tensor, each over the momentum's correction for its start at zero.
+template <typename T> std::vector<double> corrected(const Mixture<T> &mixture, int64_t tensors, double steps) {
+  std::vector<double> w = softmax(mixture.table, mixture.decays, tensors);
+  for (int64_t b = 0; b < mixture.decays; ++b)
+    for (int64_t j = 0; j < tensors; ++j) w[b * tensors + j] /= 1 - std::pow(mixture.decay[b], steps);
+  return w;
+}
+
 // Lines 3 and 4: a gradient goes into base and momentum, the momentum into its trace e, and the step is lr * gains * m.
 // The gains come in as those of the network. Without a gradient they are completed, and that is all.
 template <typename T>
@@ -244,8 +255,7 @@ void advance(T *gains, const T *g, T *m, T *e, T *step, const double *scale, con
              const Mixture<T> &mixture, const Group &group, double steps, double beta, T trace, T lr, double largest) {
   const int64_t n = group.offsets[group.tensors];
   const bool is_mixed = g != nullptr && mixture.decays > 0;
-  const std::vector<double> w =
-      is_mixed ? softmax(mixture.table, mixture.decays, group.tensors) : std::vector<double>();
+  const std::vector<double> shares = is_mixed ? corrected(mixture, group.tensors, steps) : std::vector<double>();
   Cut(group.offsets, group.tensors, group.threads).each([&](int64_t, const Chunk &at) {
     const int64_t first = at.first, count = at.end - at.first;
     const T *from = g == nullptr ? nullptr : g + first;
@@ -254,15 +264,13 @@ void advance(T *gains, const T *g, T *m, T *e, T *step, const double *scale, con
     if (g == nullptr) return;
     T *__restrict mixed = m + first;
     if (mixture.decays == 0) {
-      take_in(mixed, from, beta, count);
+      take_in(mixed, from, Forgetting<T>(beta), count);
     } else {
       std::fill(mixed, mixed + count, T(0));
     }
-    for (int64_t b = 0; b < mixture.decays; ++b) {
-      T *own = mixture.momenta + b * n + first;
-      const double decay = mixture.decay[b];
-      mixin(mixed, own, from, decay, T(w[b * group.tensors + at.tensor] / (1 - std::pow(decay, steps))), count);
-    }
+    for (int64_t b = 0; b < mixture.decays; ++b)
+      take_in_and_add(mixture.momenta + b * n + first, from, Forgetting<T>(mixture.decay[b]), mixed,
+                      T(shares[b * group.tensors + at.tensor]), count);
     finish(e == nullptr ? nullptr : e + first, step + first, mixed, own_gains, trace, lr, count);
   });
 }

@@ -1,0 +1,78 @@
+"""What averages and learns more slowly the longer a training lasts: averages of a base, gains of a `LogDiagonal`."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lodo
+from lodo import meta, scalars
+from lodo.kernels import native
+
+LATE = 50_000  # even, and a step at which a basis is renewed
+G = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
+
+
+@pytest.fixture(params=["native", "reference", "scalars on the device"])
+def where(request, monkeypatch):
+    """Runs a test on the compiled CPU kernels, on plain torch, and there with scalars as on an accelerator."""
+    if request.param != "native":
+        monkeypatch.setenv("LODO_NATIVE", "0")
+    elif native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    if request.param == "scalars on the device":
+        monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
+
+
+def late_step(**options):
+    """State before and after step number LATE, and the operator before."""
+    x = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    chosen = {"lr": 0.1, "preconditioner": "log_diagonal", "meta_lr": 3e-3, "meta_optimizer": "sgd", **options}
+    optimizer = lodo.LODO([x], **chosen)
+    for _ in range(3):
+        x.grad = x.detach() * G
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name in ("steps", "meta_step"):
+        saved["state"][0][name].fill_(LATE - 1)
+    optimizer.load_state_dict(saved)
+    before, operator = copy.deepcopy(optimizer.state[x]), optimizer.preconditioners[0].to_dense()
+    x.grad = G.clone()
+    optimizer.step()
+    assert int(optimizer.state[x]["steps"]) == LATE
+    return before, optimizer.state[x], operator
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["float", "tensor"])
+def test_a_rate_is_bounded_from_a_step_on(dtype):
+    for t, expected in ((1, 0.01), (499, 0.01), (500, 0.01), (1000, 0.005), (10**6, 5e-6)):
+        number = float(t) if dtype is None else torch.tensor(t, dtype=dtype)
+        assert float(meta.bounded(0.01, 5.0, number)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("base", [None, "adam"])
+def test_gains_learn_at_a_rate_that_falls(base, where):
+    before, after, operator = late_step(base=base)
+    h = -before["last_lr"] * (operator @ G) * before["momentum"]
+    torch.testing.assert_close(after["theta"], before["theta"] - 30 / LATE * h, rtol=1e-12, atol=1e-14)
+    assert 30 / LATE < 3e-3
+
+
+def test_networks_of_the_paper_learn_at_a_rate_that_does_not(where):
+    before, after, _ = late_step(preconditioner="diagonal")
+    h = -before["last_lr"] * G * before["momentum"]
+    torch.testing.assert_close(after["theta"], before["theta"] - 3e-3 * h, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("base", ["adam", "soap"])
+def test_averages_of_a_base_come_to_be_over_a_tenth_of_the_steps(base, where):
+    before, after, _ = late_step(base=base)
+    weight = 10 / LATE
+    if base == "soap":
+        (average, _), (found, basis) = (own["base_factors"].view(2, 3, 3) for own in (before, after))
+        expected = average + (1 - (1 - weight) ** 2) * (torch.outer(G, G) - average)  # of two steps, by one gradient
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    g = basis.T @ G if base == "soap" else G
+    v = before["base_exp_avg_sq"]
+    torch.testing.assert_close(after["base_exp_avg_sq"], v + weight * (g**2 - v), rtol=1e-12, atol=1e-14)
