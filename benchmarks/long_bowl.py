@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tqdm import tqdm
 
 import lodo
@@ -103,7 +104,11 @@ def draw(records: Sequence[Record], path: Path) -> None:
         for walk, own in enumerate(record for record in records if record["call"] == call):
             axes.loglog(own["at"], own["errors"], ".-", color=color, alpha=0.7, label=call if walk == 0 else None)
     axes.set(xlabel="step", ylabel="Hessian error")
-    axes.grid(alpha=0.3, which="both")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
