@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from lodo import scalars
 from lodo.kernels import native
 
 if not torch.cuda.is_available():
@@ -38,6 +39,18 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setenv("LODO_NATIVE", "0")
     elif native.library() is None:
         pytest.skip("no C++ compiler on this machine")
+    return str(request.param)
+
+
+@pytest.fixture(params=["native", "reference", "scalars on the device"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on the compiled CPU kernels, on plain torch, and there with scalars as on an accelerator."""
+    if request.param != "native":
+        monkeypatch.setenv("LODO_NATIVE", "0")
+    elif native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    if request.param == "scalars on the device":
+        monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
     return str(request.param)
 
 

@@ -11,23 +11,10 @@ from torch import nn
 from training import assert_equal, mlp, parameters_of, train
 
 import lodo
-from lodo import scalars
-from lodo.kernels import native, reference
+from lodo.kernels import reference
 
 BOTH = {"meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"}
 WIDE = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
-
-
-@pytest.fixture(params=["native", "reference", "scalars on the device"])
-def where(request, monkeypatch):
-    """Runs a test on the compiled CPU kernels, on plain torch, and there with scalars as on an accelerator."""
-    if request.param != "native":
-        monkeypatch.setenv("LODO_NATIVE", "0")
-    elif native.library() is None:
-        pytest.skip("no C++ compiler on this machine")
-    if request.param == "scalars on the device":
-        monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
-    return request.param
 
 
 def moments_of(optimizer):

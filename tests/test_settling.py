@@ -7,22 +7,10 @@ import torch
 from torch import nn
 
 import lodo
-from lodo import meta, scalars
-from lodo.kernels import native
+from lodo import meta
 
 LATE = 50_000  # even, and a step at which a basis is renewed
 G = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
-
-
-@pytest.fixture(params=["native", "reference", "scalars on the device"])
-def where(request, monkeypatch):
-    """Runs a test on the compiled CPU kernels, on plain torch, and there with scalars as on an accelerator."""
-    if request.param != "native":
-        monkeypatch.setenv("LODO_NATIVE", "0")
-    elif native.library() is None:
-        pytest.skip("no C++ compiler on this machine")
-    if request.param == "scalars on the device":
-        monkeypatch.setattr(scalars, "is_readable", lambda tensor: False)
 
 
 def late_step(**options):
