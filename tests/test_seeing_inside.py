@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lodo
-from benchmarks import long_bowl
+from benchmarks import long_bowl, part_costs
 from examples import learned_spectrum
 from examples.paper.tasks.bowl import NoisyBowl
 
@@ -85,3 +85,15 @@ def test_the_exact_hessian_error_is_the_estimated_one():
     g, generator = optimizer.preconditioners[0], torch.Generator().manual_seed(0)
     estimated = lodo.hessian_error(g, lambda v: task.h @ v, lr=1e-3, samples=2000, generator=generator)
     assert abs(estimated / exact - 1) < 0.05
+
+
+def test_what_each_part_costs_is_told_in_state_and_time(tmp_path):
+    part_costs.main(["--sizes", "300", "--rounds", "2", "--out", str(tmp_path)])
+    lines = (tmp_path / "part_costs.md").read_text().splitlines()
+    rows = {cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in lines if line.startswith("| "))}
+    assert rows.keys() >= part_costs.WAYS.keys()
+    size = {name: float(rows[name][-1]) for name in part_costs.WAYS}
+    assert size["AdamW, fused"] < 9 < size['no eigenbases: `base="adam"`'] < size["all parts"]
+    assert size["all parts"] - size["one momentum: `decays=None`"] == pytest.approx(16, abs=3)
+    assert size["all parts"] - size["no trace: `trace=0.0`"] == pytest.approx(4, abs=0.2)
+    assert float(rows["all parts"][1]) == 1
