@@ -12,7 +12,7 @@ from shootout_jobs import defaults, job
 
 from benchmarks.shootout import __main__ as command
 from benchmarks.shootout import running
-from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender, hidden_matrices
+from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, Muon, get_contender, hidden_matrices
 from benchmarks.shootout.running import TUNE, Curve, factor_at, run
 from benchmarks.shootout.tasks import TASKS, Task, get_task
 
@@ -290,3 +290,18 @@ def test_muon_has_the_matrices_and_adamw_the_rest():
     assert all(param.ndim == 2 for param in matrices)
     assert not get_contender("Muon").applies_to(get_task("bowl"))
     assert not get_contender("L-BFGS").applies_to(get_task("digits_mlp"))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_muon_orthogonalises_in_the_dtype_of_the_parameters(shape):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    param.grad = torch.randn(shape, dtype=torch.float64)
+    Muon([param], lr=1.0, momentum=0.0, weight_decay=0.0, nesterov=False).step()
+    # The same five iterations on the singular values alone, which they change without the singular vectors.
+    left, values, right = torch.linalg.svd(param.grad, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    expected = -(max(1, shape[0] / shape[1]) ** 0.5) * (left * values) @ right
+    torch.testing.assert_close(param.detach(), expected, rtol=1e-10, atol=1e-12)  # bfloat16: 1e-2
