@@ -25,15 +25,26 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
             raise ValueError(f"LODO supports parameters of dtype {allowed}, got {p.dtype}")
         # Lazy modules give their parameters a shape later, and the first step looks again.
-        is_expanded = not is_lazy(p) and any(
-            stride == 0 and length > 1 for stride, length in zip(p.stride(), p.shape, strict=True)
-        )
-        if is_expanded:
-            raise ValueError(f"LODO does not support parameters whose elements share memory, got strides {p.stride()}")
+        if not is_lazy(p) and _overlaps(p):
+            raise ValueError(
+                "LODO does not support parameters whose elements share memory, "
+                f"got shape {tuple(p.shape)} with strides {p.stride()}"
+            )
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(f"the parameters of one group must be on one device, got {devices}; make one group per device")
     check_sharding(params)
+
+
+def _overlaps(p: Tensor) -> bool:
+    """Whether elements may share memory: some stride does not lead past all that the smaller strides reach."""
+    reach = 0
+    for stride, length in sorted(zip(p.stride(), p.shape, strict=True)):
+        if length > 1:
+            if stride <= reach:
+                return p.numel() > 0
+            reach += stride * (length - 1)
+    return False
 
 
 def has_gradients(params: Sequence[Tensor]) -> bool:

@@ -142,6 +142,7 @@ def test_a_group_can_join_during_training():
         {"params": [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, dtype=torch.complex64))]},
         {"params": [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))]},
         {"params": [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1).expand(3))]},
+        {"params": [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(8).as_strided((3, 4), (2, 1)))]},
     ],
 )
 def test_a_refused_group_leaves_the_optimizer_as_it_was(bad):
@@ -152,6 +153,26 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(bad):
     assert len(optimizer.param_groups) == 1
     assert not optimizer.state
     optimizer.add_param_group({"params": [bad["params"][0]]})
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch.randn(6, 4).T,
+        torch.randn(6, 8)[:, ::2],
+        torch.randn(2, 3, 4).permute(1, 2, 0)[:, 1:],
+        torch.randn(1, 5).expand(1, 5),
+        torch.zeros(3, 1).expand(3, 0),
+        torch.tensor(1.0),
+    ],
+)
+def test_views_whose_elements_have_memory_of_their_own_are_taken(view):
+    param = nn.Parameter(view)
+    before = param.detach().clone()
+    optimizer = lodo.LODO([param], lr=0.1, beta=0.0)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), before - 0.1)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
