@@ -491,7 +491,7 @@ def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> 
     Groups that are sharded differently do not: what ranks have in common must not hang on what only one of them sees.
     """
     verdicts = [
-        judge(energy(live.gradient), live.lr.get(), live.flat.dtype, state.uses_moments(group))
+        judge(energy(live.gradient), live.lr.get() / (1 - group["trace"]), live.flat.dtype, state.uses_moments(group))
         for group, live in zip(groups, states, strict=True)
     ]
     together: dict[Place, Number] = {}

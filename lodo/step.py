@@ -139,11 +139,13 @@ def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Num
 
 
 def judge(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:
-    """Whether a gradient is sound, and whether the call is idle, from the gradient's sum of squares.
+    """Whether a gradient is sound, and whether the call is idle, from the gradient's sum of squares and from
+    lr / (1 - trace).
 
-    Sound: all finite; and where the inner optimizer squares the hypergradient, which is of order lr |g| |m|, not so
-    large that the square would overflow and stay in its second moment for good. Idle: zero, with lr = 0, which is
-    how distributed checkpointing makes an optimizer create its state; such a call must change nothing.
+    Sound: all finite; and where the inner optimizer squares the hypergradient, which is of order lr |g| |m|, and
+    1 / (1 - trace) times that with a trace, not so large that the square would overflow and stay in its second moment
+    for good. Idle: zero, with lr = 0, which is how distributed checkpointing makes an optimizer create its state; such
+    a call must change nothing.
     """
     size = energy * (lr + 1)  # one of the next steps may have a larger lr than this one, in a warm-up say
     largest = torch.finfo(dtype).max

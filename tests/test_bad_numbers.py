@@ -179,3 +179,16 @@ def test_large_gradients_are_held_back_only_where_they_would_stay():
         with pytest.warns(UserWarning, match="skipped") if skipped else nullcontext():
             optimizer.step()
         assert optimizer.skipped_steps == skipped
+
+
+@pytest.mark.parametrize("trace", [0.0, 0.99])
+def test_what_the_inner_adam_keeps_stays_finite_under_large_gradients(trace):
+    """float32; with a trace the vector that is judged is up to 1 / (1 - trace) momenta long."""
+    x = torch.nn.Parameter(torch.ones(3))
+    optimizer = lodo.LODO([x], lr=1.0, meta_lr=1e-8, preconditioner="diagonal", trace=trace)
+    x.grad = torch.full((3,), 1e9)
+    with pytest.warns(UserWarning, match="skipped") if trace else nullcontext():
+        for _ in range(50):
+            optimizer.step()
+    assert optimizer.skipped_steps == (50 if trace else 0)
+    assert all(value.isfinite().all() for value in optimizer.state[x].values() if torch.is_tensor(value))
