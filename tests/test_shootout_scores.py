@@ -85,7 +85,7 @@ def test_a_summary_shows_the_penalty_and_what_it_hides():
     assert math.isnan(geometric_mean([]))
 
 
-def test_tasks_without_a_goal_are_left_out_and_profiles_count_all():
+def test_tasks_without_a_goal_are_left_out():
     runs = by_pair(
         [
             result(falling(2.0), "a"),
@@ -97,7 +97,15 @@ def test_tasks_without_a_goal_are_left_out_and_profiles_count_all():
     )
     found = outcomes(runs, runs, "LODO", ("a", "b", "c"), "AdamW")
     assert list(found) == ["a"]
-    assert profile(found.values(), 4, "steps") == ([0.5], [0.25])
+    assert profile(found.values(), "steps") == ([0.5], [1.0])
+
+
+def test_profiles_are_of_all_tasks_that_the_contender_ran_on():
+    lost, half, whole = (result(falling(loss, at), "a", "LODO") for loss, at in ((3.0, 10), (1.0, 5), (2.0, 10)))
+    reference = by_pair([result(falling(2.0), "a")])[("a", "AdamW")]
+    found = [outcome([run], reference) for run in (whole, lost, half)]
+    assert profile(found, "steps") == ([0.5, 1.0], [1 / 3, 2 / 3])
+    assert profile([], "steps") == ([], [])
 
 
 def test_wrong_learning_rates_are_compared_at_the_same_seeds():

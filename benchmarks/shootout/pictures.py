@@ -97,14 +97,17 @@ def _profiles(finals: Runs, tasks: Sequence[str], contenders: Sequence[str], pat
     for axes, axis in zip(panels, ("steps", "seconds"), strict=True):
         largest = 1.0
         for name in contenders:
-            at, share = profile(outcomes(finals, finals, name, tasks, REFERENCE).values(), len(tasks), axis)
-            axes.step([0.0, *at, 1e9], [0.0, *share, share[-1] if share else 0.0], where="post", **style(name))
+            found = outcomes(finals, finals, name, tasks, REFERENCE).values()
+            at, share = profile(found, axis)
+            label = name if len(found) == len(tasks) else f"{name} ({len(found)} of {len(tasks)} tasks)"
+            line = {**style(name), "label": label}
+            axes.step([0.0, *at, 1e9], [0.0, *share, share[-1] if share else 0.0], where="post", **line)
             largest = max([largest, *at])
         axes.set_xlim(1e-2, largest * 1.05)
         axes.set_xscale("log")
         axes.set_ylim(0, 1.03)
         axes.set_xlabel(f"{axis}, relative to {REFERENCE}'s whole run")
-        axes.set_ylabel(f"share of tasks at {REFERENCE}'s final loss")
+        axes.set_ylabel(f"share of its tasks at {REFERENCE}'s final loss")
     _finish(figure, panels[-1], path)
 
 

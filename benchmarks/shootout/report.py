@@ -83,7 +83,7 @@ def write_report(plan: Plan) -> Path:
     results = collect(plan)
     drawn = pictures.draw(results.finals, results.tasks, results.contenders, plan.out)
     parts = ["# Optimizers on small tasks", _about(results), "## In one table", *_summaries(results)]
-    parts += [_image("profile.png", "Share of tasks whose goal is reached, by steps and by seconds")]
+    parts += [_image("profile.png", "Share of each contender's tasks whose goal is reached, by steps and by seconds")]
     if results.factors:
         pictures.robustness(_reached_by_factor(results), plan.out / "robustness.png")
         parts += ["## When the learning rate is wrong", *_robustness(results)]

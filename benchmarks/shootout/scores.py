@@ -166,14 +166,15 @@ def slowdown(wrong: Mapping[str, Outcome], right: Mapping[str, Outcome]) -> floa
     return median(ratios) if ratios else math.nan
 
 
-def profile(outcomes: Iterable[Outcome], tasks: int, axis: str) -> tuple[list[float], list[float]]:
-    """The share of `tasks` whose goal is reached by a fraction of the budget, as the corners of a staircase.
+def profile(outcomes: Iterable[Outcome], axis: str) -> tuple[list[float], list[float]]:
+    """The share of a contender's tasks whose goal is reached by a fraction of the budget: a staircase's corners.
 
     Args:
         axis: "steps" or "seconds".
     """
-    at = sorted(value for each in outcomes if math.isfinite(value := getattr(each, axis)))
-    return at, [(number + 1) / tasks for number in range(len(at))]
+    every = [getattr(each, axis) for each in outcomes]
+    at = sorted(value for value in every if math.isfinite(value))
+    return at, [(number + 1) / len(every) for number in range(len(at))]
 
 
 def at_factors(records: Sequence[Record], finals: Sequence[Record]) -> dict[float, Runs]:
