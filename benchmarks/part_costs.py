@@ -3,8 +3,8 @@
     python -m benchmarks.part_costs    # some three minutes on one thread
 
 Times are of `step()` alone, on fixed gradients, in rounds in which all take turns; ratios are to the step with all
-parts in the same round. Calls are timed in whole cycles of the base, which renews its bases every tenth step. Writes
-part_costs.md.
+parts in the same round. Calls are timed in whole cycles of the base, which renews its bases every tenth step in the
+first 2,000, and less often later. Writes part_costs.md.
 """
 
 import argparse

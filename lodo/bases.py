@@ -26,7 +26,8 @@ from lodo.scalars import Number, is_tensor
 FORGET = 1e-3  # share of v, and of the averages of g g^T, that a step replaces
 MEMORY = 10.0  # but at step t at most MEMORY / t: later these are averages over a tenth of the steps
 EPS = 1e-8
-BASIS_EVERY = 10  # steps between two updates of the eigenbases
+BASIS_EVERY = 10  # steps between two updates of the eigenbases,
+SETTLED = 1000  # which doubles with every doubling of the steps from here on: bases change ever more slowly
 FACTORS_EVERY = 2  # steps between two gradients that are taken into the averages of g g^T
 SKEWNESS = 2  # a side has an eigenbasis if its square has at most so many times the elements of the tensor
 LARGEST_SIDE = 2048
@@ -152,10 +153,11 @@ class SoapBase(AdamBase):
     def turn_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
         if not active:
             return rotated
-        is_first = bool(steps == 1)
-        is_due = is_first or bool(steps % BASIS_EVERY == 0)
-        if is_first or bool(steps % FACTORS_EVERY == 0):
-            weight = 1 - (1 - float(self.numbers(steps)[0])) ** FACTORS_EVERY
+        t = int(steps)
+        is_first = t == 1
+        is_due = is_first or t % renewal_interval(t) == 0
+        if is_first or t % FACTORS_EVERY == 0:
+            weight = 1 - (1 - float(self.numbers(t)[0])) ** FACTORS_EVERY
             for each, matrix in zip(self._factored, self._matrices(g), strict=True):
                 each.learn_(matrix, weight)
         if is_due:
@@ -240,6 +242,11 @@ def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:
             own = [(0, size)]
         found.append(own)
     return found
+
+
+def renewal_interval(steps: int) -> int:
+    """How many steps lie between two updates of the eigenbases, when so many were taken."""
+    return BASIS_EVERY << max(0, (steps // SETTLED).bit_length() - 1)
 
 
 def _eigenbasis(average: Tensor) -> Tensor:

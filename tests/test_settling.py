@@ -8,13 +8,14 @@ from torch import nn
 
 import lodo
 from lodo import meta
+from lodo.bases import renewal_interval
 
-LATE = 50_000  # even, and a step at which a basis is renewed
+LATE = 51_200  # even, and a step at which a basis is renewed
 G = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
 
 
-def late_step(**options):
-    """State before and after step number LATE, and the operator before."""
+def late_step(late=LATE, **options):
+    """State before and after step number `late`, and the operator before."""
     x = nn.Parameter(torch.ones(3, dtype=torch.float64))
     chosen = {"lr": 0.1, "preconditioner": "log_diagonal", "meta_lr": 3e-3, "meta_optimizer": "sgd", **options}
     optimizer = lodo.LODO([x], **chosen)
@@ -23,12 +24,12 @@ def late_step(**options):
         optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     for name in ("steps", "meta_step"):
-        saved["state"][0][name].fill_(LATE - 1)
+        saved["state"][0][name].fill_(late - 1)
     optimizer.load_state_dict(saved)
     before, operator = copy.deepcopy(optimizer.state[x]), optimizer.preconditioners[0].to_dense()
     x.grad = G.clone()
     optimizer.step()
-    assert int(optimizer.state[x]["steps"]) == LATE
+    assert int(optimizer.state[x]["steps"]) == late
     return before, optimizer.state[x], operator
 
 
@@ -64,3 +65,18 @@ def test_averages_of_a_base_come_to_be_over_a_tenth_of_the_steps(base, where):
     g = basis.T @ G if base == "soap" else G
     v = before["base_exp_avg_sq"]
     torch.testing.assert_close(after["base_exp_avg_sq"], v + weight * (g**2 - v), rtol=1e-12, atol=1e-14)
+
+
+def test_the_interval_of_renewals_doubles_with_the_steps():
+    steps = (1, 999, 1000, 1999, 2000, 3999, 4000, 51_200, 10**6)
+    assert [*map(renewal_interval, steps)] == [10, 10, 10, 10, 20, 20, 40, 320, 5120]
+
+
+@pytest.mark.parametrize(("late", "is_renewed"), [(1990, True), (2010, False), (2020, True), (4020, False)])
+def test_a_basis_is_renewed_less_often_as_training_goes_on(late, is_renewed, where):
+    before, after, _ = late_step(late, base="soap")
+    (_, basis), (average, found) = (own["base_factors"].view(2, 3, 3) for own in (before, after))
+    if is_renewed:
+        q, r = torch.linalg.qr(average @ basis)
+        basis = torch.where(r.diagonal() < 0, -q, q)
+    torch.testing.assert_close(found, basis, rtol=1e-9, atol=1e-12)
