@@ -106,7 +106,7 @@ def _about(results: Results) -> str:
         name: sorted({str(run["environment"].get(name)) for run in runs}) for name in ("lodo", "python", *PACKAGES)
     }
     told = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
-    machines = sorted({f"{run['environment']['machine']}, {run['environment']['cores']} cores" for run in runs})
+    machines = sorted({_machine(run["environment"]) for run in runs})
     loads = [run["environment"]["load"] for run in runs if run["environment"]["load"] is not None]
     load = f", load {min(loads):g} to {max(loads):g}" if loads else ""
     missing = [task for task in results.plan.tasks if task not in results.tasks]
@@ -119,6 +119,10 @@ def _about(results: Results) -> str:
     if missing:
         lines.append(f"**Not run**: {', '.join(missing)}.")
     return "\n\n".join(lines)
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    return f"{environment.get('processor') or environment['machine']}, {environment['cores']} cores"
 
 
 def _call(options: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 import lodo
+from benchmarks.report import device_name
 from benchmarks.shootout.contenders import Contender, get_contender
 from benchmarks.shootout.problem import Problem
 from benchmarks.shootout.tasks import get_task
@@ -264,5 +265,5 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "load": load}
-    return versions | machine | {"threads": torch.get_num_threads()}
+    machine = {"system": platform.system(), "machine": platform.machine(), "processor": device_name("cpu")}
+    return versions | machine | {"cores": os.cpu_count(), "load": load, "threads": torch.get_num_threads()}
