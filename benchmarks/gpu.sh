@@ -95,10 +95,10 @@ stage kernel_limits 75 "$python" -m benchmarks.kernel_limits --device "$device" 
     "$python" - "$device" <<'END'
 import sys
 
-from benchmarks import report
+from benchmarks import measuring
 import torch
 
-print(f"{report.device_name(sys.argv[1])}, torch {torch.__version__}", report.device_software(sys.argv[1]))
+print(f"{measuring.device_name(sys.argv[1])}, torch {torch.__version__}", measuring.device_software(sys.argv[1]))
 END
     for name in step_time training_throughput kernel_limits; do
         [[ ! -e $out/$name.md ]] || sed -n '/^## Headlines/,$p' "$out/$name.md" | sed "1s/.*/\n$name/"

@@ -22,8 +22,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import report
-from benchmarks.measuring import PASSES_PER_COPY, CopyProbe, left_out, time_calls
+from benchmarks.measuring import PASSES_PER_COPY, CopyProbe, device_name, device_software, left_out, time_calls
 from lodo import meta
 from lodo.kernels import gpu
 
@@ -211,11 +210,11 @@ def table(rows: Sequence[Row]) -> str:
 def write(rows: Sequence[Row], size: int, device: str, folder: Path) -> None:
     """The table as Markdown and CSV."""
     folder.mkdir(parents=True, exist_ok=True)
-    software = " ".join(filter(None, (f"torch {torch.__version__}", report.device_software(device))))
+    software = " ".join(filter(None, (f"torch {torch.__version__}", device_software(device))))
     whole = [row for row in rows if row.pass_.startswith("all")]
     text = [
         f"# How near the kernels come to the memory's limit, n = {size:,}",
-        f"{report.device_name(device)}, {software}",
+        f"{device_name(device)}, {software}",
         table(rows),
         "## Headlines",
         "\n".join(f"- {row.case}: {1 / row.fraction_of_copy:.2f} times the copy limit of a step" for row in whole),

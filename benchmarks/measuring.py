@@ -1,7 +1,10 @@
-"""Clocks and scales: times of calls, replayed CUDA graphs, the copy limit, memory."""
+"""Clocks and scales: times of calls, replayed CUDA graphs, the copy limit, memory, the machine's name."""
 
+import importlib.metadata
 import itertools
 import math
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,3 +166,38 @@ class PeakMemory:
         if self.device == "cpu":  # not ru_maxrss, which a process inherits from the one that started it
             return 1024 * proc_kilobytes("/proc/self/status", "VmHWM") - self.before
         return float(torch.cuda.max_memory_allocated()) - self.before
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+def device_name(device: str) -> str:
+    """What did the work: the model of the processor, or of the accelerator."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    name = found.get("model name", platform.processor() or platform.machine())
+    # Virtual machines often say no more than the maker's name, of machines that differ by a factor of two.
+    numbers = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def device_software(device: str) -> str:
+    """The versions that an accelerator's work depends on, beside torch's; empty for a processor."""
+    if device == "cpu":
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        driver = done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = "unknown"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return f"driver {driver}, triton {triton}"

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 import lodo
-from benchmarks.measuring import state_bytes, time_calls
-from benchmarks.report import device_name
+from benchmarks.measuring import device_name, state_bytes, time_calls
 from examples.image_data import ImageData, batches, digits
 from examples.paper.tasks.bowl import NoisyBowl
 from examples.train_classifier import TASKS, Run, Settings

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     parts = [
         "# What each part of `lodo.RECOMMENDED` costs",
-        f"One thread, torch {torch.__version__}, {options.rounds} rounds.",
+        f"{device_name('cpu')}, one thread, torch {torch.__version__}, {options.rounds} rounds.",
     ]
     for n in options.sizes:
         columns = ("", "step, ms (median)", "of all parts'", "20 to 80 %", "state, bytes per parameter")

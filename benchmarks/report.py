@@ -2,15 +2,11 @@
 
 import argparse
 import csv
-import importlib.metadata
 import math
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -99,38 +95,6 @@ def network_name(size: str, permutation: str, moments: str | None) -> str:
 def machine(row: Row) -> str:
     """What did the work, with the threads of a processor or the software of an accelerator."""
     return f"{row.cpu}, {row.software or f'{row.threads} thread' + 's' * (row.threads != 1)}"
-
-
-def device_name(device: str) -> str:
-    """What did the work: the model of the processor, or of the accelerator."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
-    name = found.get("model name", platform.processor() or platform.machine())
-    # Virtual machines often say no more than the maker's name, of machines that differ by a factor of two.
-    numbers = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
-    return f"{name} ({', '.join(numbers)})" if numbers else name
-
-
-def device_software(device: str) -> str:
-    """The versions that an accelerator's work depends on, beside torch's; empty for a processor."""
-    if device == "cpu":
-        return ""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        driver = done.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = "unknown"
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    return f"driver {driver}, triton {triton}"
 
 
 def command_of(args: argparse.Namespace) -> str:

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 import lodo
 from benchmarks import report
 from benchmarks.configs import drawn_on_device, soap
-from benchmarks.measuring import PeakMemory, captured, left_out, state_bytes, time_calls
+from benchmarks.measuring import PeakMemory, captured, device_name, device_software, left_out, state_bytes, time_calls
 from benchmarks.training_report import Row, markdown, write
 from examples.image_data import CLASSES
 from examples.paper.tasks import image_classification
@@ -291,8 +291,8 @@ def rows_of(
         Row,
         datetime.datetime.now(datetime.UTC).date().isoformat(),
         torch.__version__,
-        report.device_name(args.device),
-        report.device_software(args.device),
+        device_name(args.device),
+        device_software(args.device),
         workload.name,
         params,
     )

@@ -113,6 +113,11 @@ def autoencoder(seed: int, root: Path | None) -> Problem:
     return Problem(model, draw, objective, seed)
 
 
+def digits_pixels() -> Tensor:
+    """The images of scikit-learn's digits to train on, shape (images, 64), in [0, 1]."""
+    return _pixels(_digits())
+
+
 def _pixels(data: ImageData) -> Tensor:
     """Back to [0, 1]: the standardised images' darkest pixel is black, the brightest white."""
     low, high = data.train_images.min(), data.train_images.max()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Split = Literal["choose", "hold out"]
+Split = Literal["choose", "hold out", "fresh"]
 IDLE_DRAWS = 20
 
 
@@ -72,7 +72,8 @@ class Task:
         kind: what sort of problem it is, in a few words.
         steps: the budget of every run.
         make: the problem, from the seed and the folder of MNIST's files (None for tasks that do without).
-        split: "choose" for the tasks on which LODO's defaults may be chosen, "hold out" for those that only judge.
+        split: "choose" for the tasks on which LODO's defaults may be chosen, "hold out" for those that are to judge,
+            "fresh" for those that were added when the defaults were settled.
         is_deterministic: every evaluation sees the same loss.
         needs_mnist: `make` needs the folder.
         has_matrices: some parameter is a matrix that is no embedding.

@@ -26,7 +26,12 @@ from benchmarks.shootout.tasks import get_task
 from examples.paper.records import NOTHING, number, table, whole
 
 EDGE = 1.1  # a tuned value within this factor of its range's end is marked
-SPLITS = {"all tasks": ("choose", "hold out"), "the tasks to choose on": ("choose",), "held out": ("hold out",)}
+SPLITS = {
+    "all tasks": ("choose", "hold out", "fresh"),
+    "the tasks to choose on": ("choose",),
+    "held out": ("hold out",),
+    "fresh": ("fresh",),
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def _about(results: Results) -> str:
         name: sorted({str(run["environment"].get(name)) for run in runs}) for name in ("lodo", "python", *PACKAGES)
     }
     told = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
+    sources = sorted({str(run["environment"].get("lodo_source")) for run in _of_lodo(results)})
     machines = sorted({_machine(run["environment"]) for run in runs})
     loads = [run["environment"]["load"] for run in runs if run["environment"]["load"] is not None]
     load = f", load {min(loads):g} to {max(loads):g}" if loads else ""
@@ -116,9 +122,17 @@ def _about(results: Results) -> str:
         f"The goal on a task is tuned {REFERENCE}'s final loss. The protocol is in benchmarks/README.md. Untuned LODO "
         f"is `lodo.LODO(params, {_call(results.plan.recommended)})`.",
     ]
+    if len(sources) > 1:
+        lines.append(f"**LODO's runs are of different code**: {', '.join(sources)}.")
     if missing:
         lines.append(f"**Not run**: {', '.join(missing)}.")
     return "\n\n".join(lines)
+
+
+def _of_lodo(results: Results) -> list[Record]:
+    """Its final runs, and those at wrong learning rates."""
+    every = [results.finals, *results.factors.values()]
+    return [run for runs in every for (_, name), found in runs.items() if name.startswith("LODO") for run in found]
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

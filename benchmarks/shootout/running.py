@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch.optim import Optimizer
 
 import lodo
-from benchmarks.report import device_name
+from benchmarks.measuring import device_name
 from benchmarks.shootout.contenders import Contender, get_contender
 from benchmarks.shootout.problem import Problem
 from benchmarks.shootout.tasks import get_task
@@ -256,9 +257,21 @@ def _train_by_closure(
         clock.optimizer = clock.total - in_evaluation
 
 
+@cache
+def source_hash() -> str:
+    """Of the code of the installed lodo, which changes faster than its version."""
+    root = Path(lodo.__file__).parent
+    paths = sorted(path for path in root.rglob("*") if path.suffix in {".py", ".cpp"})
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(str(path.relative_to(root).as_posix()).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine behind a record; the load is that at the run's end."""
-    versions: dict[str, Any] = {"lodo": lodo.__version__, "python": platform.python_version()}
+    versions: dict[str, Any] = {"lodo": lodo.__version__, "lodo_source": source_hash()}
+    versions["python"] = platform.python_version()
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

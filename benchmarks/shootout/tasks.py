@@ -1,8 +1,8 @@
-"""All tasks of the comparison, by name: eight to choose defaults on, six to hold out."""
+"""All tasks of the comparison, by name: eight to choose defaults on, six to hold out, three added afterwards."""
 
 from collections.abc import Mapping
 
-from benchmarks.shootout import images, synthetic, text
+from benchmarks.shootout import fresh, images, synthetic, text
 from benchmarks.shootout.problem import Problem, Task
 
 __all__ = ["TASKS", "Problem", "Task", "get_task"]
@@ -22,6 +22,9 @@ _ALL = (
     Task("factorisation", "matrix factorisation", 8000, synthetic.factorisation, "hold out"),
     Task("rosenbrock", "noisy curved valley", 12_000, synthetic.rosenbrock, "hold out", has_matrices=False),
     Task("drift", "regression, moving target", 8000, synthetic.drift, "hold out"),
+    Task("vae", "variational autoencoder", 4000, fresh.vae, "fresh"),
+    Task("diffusion", "denoises points, layer norms", 4000, fresh.diffusion, "fresh"),
+    Task("sorting", "sequences, attention", 2000, fresh.sorting, "fresh"),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
 
