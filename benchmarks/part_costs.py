@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import lodo
 from benchmarks.configs import shapes_of
-from benchmarks.measuring import state_bytes, time_calls
+from benchmarks.measuring import device_name, state_bytes, time_calls
 from benchmarks.meta_options import as_table, percentiles
 from lodo.bases import BASIS_EVERY
 
