@@ -6,9 +6,11 @@ import pytest
 
 from benchmarks.shootout.scores import (
     at_factors,
+    best_levels,
     by_pair,
     geometric_mean,
     goal,
+    loss_ratio,
     outcome,
     outcomes,
     profile,
@@ -98,6 +100,31 @@ def test_tasks_without_a_goal_are_left_out():
     found = outcomes(runs, runs, "LODO", ("a", "b", "c"), "AdamW")
     assert list(found) == ["a"]
     assert profile(found.values(), "steps") == ([0.5], [1.0])
+
+
+def test_a_goal_may_be_the_best_of_several():
+    runs = by_pair(
+        [
+            result(falling(2.0), "a", seconds=2.0),
+            result(falling(1.0), "a", "SGD"),
+            result(falling(2.0), "b", seconds=2.0),
+            result(falling(1.0), "b", "SGD", diverged=True),
+            *(result(falling(1.5, 5), task, "LODO", seconds=4.0) for task in "ab"),
+        ]
+    )
+    levels = best_levels(runs, "abc", ["AdamW", "SGD"])
+    assert levels == {"a": 1.0, "b": 2.0}
+    found = outcomes(runs, runs, "LODO", "abc", "AdamW", levels)
+    assert (found["a"].is_reached, found["b"].is_reached) == (False, True)
+    assert (found["b"].steps, found["b"].seconds) == (0.5, 1.0)  # of AdamW's run, whoever sets the goal
+
+
+def test_ratios_of_losses_are_of_what_both_finished():
+    first = by_pair([result(falling(2.0), task) for task in "abc"])
+    second = by_pair([result(falling(1.0), "a"), result(falling(4.0), "b"), result(falling(1.0), "c", diverged=True)])
+    plain, changed = (outcomes(runs, first, "AdamW", "abc", "AdamW") for runs in (first, second))
+    assert loss_ratio(changed, plain) == pytest.approx(1.0)
+    assert math.isnan(loss_ratio({}, plain))
 
 
 def test_profiles_are_of_all_tasks_that_the_contender_ran_on():

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from shootout_jobs import job
 
+import lodo
 from benchmarks.shootout import __main__ as command
 from benchmarks.shootout import running, sharing
+from benchmarks.shootout.changes import CHANGES, EVERYWHERE, NOTHING_CHANGED
 from benchmarks.shootout.contenders import RECOMMENDED, TUNED, UNTUNED, get_contender
-from benchmarks.shootout.plan import Plan, choice, final_jobs, load, robust_jobs
+from benchmarks.shootout.plan import CHANGE_SEED, Plan, change_jobs, choice, final_jobs, load, robust_jobs
 from benchmarks.shootout.report import write_report
 from benchmarks.shootout.tasks import TASKS, get_task
 from benchmarks.shootout.tuning import next_trial, scan
@@ -203,6 +206,33 @@ def test_a_run_that_raises_takes_no_other_with_it(tmp_path, monkeypatch):
     assert [record["job"]["task"] for record in load(a_plan.records_path)] == ["rosenbrock"]
 
 
+def test_changes_are_made_one_at_a_time_at_a_seed_of_their_own(tmp_path):
+    jobs = change_jobs(plan(tmp_path, tasks=["rosenbrock", "pinn"]))
+    assert list(jobs) == list(CHANGES)
+    for name, own in jobs.items():
+        assert {each.task for each in own} == {"pinn"} | (
+            {"rosenbrock"} if CHANGES[name].splits == EVERYWHERE else set()
+        )
+        for each in own:
+            assert (each.seed, each.contender, each.steps) == (CHANGE_SEED, UNTUNED, 20)
+            kept = {key: value for key, value in RECOMMENDED.items() if key not in CHANGES[name].options}
+            changed = {key: value for key, value in CHANGES[name].options.items() if value is not None}
+            assert each.hyperparameters == {**kept, **changed}
+            lodo.LODO([torch.ones(2, 2, requires_grad=True)], **each.hyperparameters)
+    assert len({each.key for own in jobs.values() for each in own}) == sum(map(len, jobs.values()))
+    assert jobs[NOTHING_CHANGED][0].hyperparameters == RECOMMENDED
+    assert not any(change_jobs(plan(tmp_path, contenders=["AdamW"])).values())
+
+
+def test_reports_say_where_runs_are_of_different_code(tmp_path):
+    a_plan = plan(tmp_path, contenders=["LODO"], seeds=(0, 1))
+    records = [fake(each, 1.0) for each in final_jobs(a_plan, [])]
+    records[1]["environment"] = {**records[1]["environment"], "lodo_source": "another"}
+    for record in records:
+        append_result(a_plan.records_path, record)
+    assert "**LODO's runs are of different code**: " in write_report(a_plan).read_text()
+
+
 # The command
 
 
@@ -214,11 +244,15 @@ def test_the_command_runs_all_stages_and_reports_from_records_alone(tmp_path, ca
     printed = capsys.readouterr().err
     assert "mnist_mlp is skipped: it needs --data-root" in printed
     records = load(tmp_path / "runs.jsonl")
-    assert len(records) == (2 * 4 + 2) + 5 * (2 * 2 + 1)
+    changes = len(CHANGES) + sum(change.splits == EVERYWHERE for change in CHANGES.values())
+    assert len(records) == (2 * 4 + 2) + 5 * (2 * 2 + 1) + changes  # pinn is to choose on, rosenbrock is not
     text = (tmp_path / "report.md").read_text()
     for part in (
         "In one table",
         "When the learning rate is wrong",
+        "When the goal is the best of the others",
+        "With one thing changed",
+        "`scale_lr=0.1`",
         "Held out",
         "rosenbrock",
         "lr x 100",
@@ -233,9 +267,12 @@ def test_the_command_runs_all_stages_and_reports_from_records_alone(tmp_path, ca
         assert f"({name}.png)" in text
     command.main([*arguments, "--stages", "report"])
     assert "**Not run**: mnist_mlp." in (tmp_path / "report.md").read_text()
+    assert "of different code" not in (tmp_path / "report.md").read_text()
     assert len(load(tmp_path / "runs.jsonl")) == len(records)
     with pytest.raises(ValueError, match="no final run for these settings"):
         write_report(plan(tmp_path, steps=13))
+    with pytest.raises(SystemExit, match="no final run for these settings"):
+        command.main([*arguments, "--stages", "report", "--lodo", '{"lr": 0.5}', "--contenders", "LODO"])
 
 
 def test_final_runs_of_what_is_not_tuned_are_left_out_aloud(tmp_path, capsys):
@@ -249,7 +286,7 @@ def test_final_runs_of_what_is_not_tuned_are_left_out_aloud(tmp_path, capsys):
     [
         (["--tasks", "nonsense"], "task must be one of"),
         (["--contenders", "nonsense"], "contender must be one of"),
-        (["--stages", "tune,cook"], "--stages must be of tune, final, robust, report, got cook"),
+        (["--stages", "tune,cook"], "--stages must be of tune, final, robust, change, report, got cook"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--lodo", "[1]"], "--lodo must be a JSON object"),
         (["--lodo", "{"], "--lodo must be JSON"),

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender
 from benchmarks.shootout.plan import SEEDS, Plan, load, untuned_pairs
-from benchmarks.shootout.running import FINAL, ROBUST, TUNE
+from benchmarks.shootout.running import CHANGE, FINAL, ROBUST, TUNE
 from benchmarks.shootout.sharing import work_on
 from benchmarks.shootout.tasks import TASKS, get_task
 
 REPORT = "report"
-STAGES = (TUNE, FINAL, ROBUST, REPORT)
+STAGES = (TUNE, FINAL, ROBUST, CHANGE, REPORT)
 ELSEWHERE = {"SOAP", "PSGD-Kron", "Prodigy", "schedule-free AdamW"}  # contenders from pytorch_optimizer
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shootout", description=__doc__)
-    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, of tune, final, robust, report")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {', '.join(STAGES)}")
     parser.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}")
     parser.add_argument("--contenders", help=f"separated by semicolons, of {'; '.join(CONTENDERS)}")
     parser.add_argument("--data-root", type=Path, help="folder of MNIST's files; its tasks are skipped without")
@@ -106,9 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if stage == REPORT:
             from benchmarks.shootout.report import write_report  # matplotlib, only where pictures are drawn
 
-            print(write_report(plan), file=sys.stderr)
+            try:
+                print(write_report(plan), file=sys.stderr)
+            except ValueError as error:  # nothing to report on
+                sys.exit(str(error))
             continue
-        if stage != TUNE and (missing := untuned_pairs(plan, load(plan.records_path))):
+        if stage in (FINAL, ROBUST) and (missing := untuned_pairs(plan, load(plan.records_path))):
             print(f"{stage}: left out, for they are not tuned yet: {'; '.join(missing)}", file=sys.stderr)
         work_on(plan, stage)
 

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shootout.contenders import RECOMMENDED, Contender, fixed_options, get_contender
+from benchmarks.shootout.changes import CHANGES
+from benchmarks.shootout.contenders import RECOMMENDED, UNTUNED, Contender, fixed_options, get_contender
 from benchmarks.shootout.problem import Task
-from benchmarks.shootout.running import FINAL, ROBUST, TUNE, Job, Record
+from benchmarks.shootout.running import CHANGE, FINAL, ROBUST, TUNE, Job, Record
 from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import read_results
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 1000  # of all trials, and of no other stage: on the same batches trials differ by their settings alone
+CHANGE_SEED = 1001  # of the runs with one thing changed, by which defaults may be chosen
 FACTORS = (0.01, 0.1, 10.0, 100.0)
 
 
@@ -117,6 +119,20 @@ def robust_jobs(plan: Plan, records: Sequence[Record]) -> list[Job]:
         for factor in FACTORS
         for job in _jobs(plan, task, contender, records, ROBUST, factor)
     ]
+
+
+def change_jobs(plan: Plan) -> dict[str, list[Job]]:
+    """The runs of untuned LODO with one thing changed, by the change."""
+    found: dict[str, list[Job]] = {}
+    for name, change in CHANGES.items():
+        options = {key: value for key, value in {**plan.recommended, **change.options}.items() if value is not None}
+        tasks = [get_task(task) for task in plan.tasks if get_task(task).split in change.splits]
+        found[name] = [
+            Job(CHANGE, task.name, UNTUNED, options, "constant", CHANGE_SEED, plan.steps_of(task), version=task.version)
+            for task in tasks
+            if UNTUNED in plan.contenders
+        ]
+    return found
 
 
 def _jobs(

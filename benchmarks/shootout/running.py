@@ -27,7 +27,7 @@ from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import FORMAT, SKIPS
 
 Record = dict[str, Any]
-TUNE, FINAL, ROBUST = "tune", "final", "robust"
+TUNE, FINAL, ROBUST, CHANGE = "tune", "final", "robust", "change"
 POINTS = 100  # of a curve
 TAIL = 0.1  # the share of the steps, at the end, whose mean loss is the score; also the window of the curve
 DIVERGED = 2.0  # a run that ends above so many times the loss of standing still has diverged
@@ -39,7 +39,7 @@ class Job:
     """All that fixes a run, but for the machine.
 
     Attributes:
-        stage: "tune", "final" or "robust".
+        stage: "tune", "final", "robust" or "change".
         trial: its number in its search; None for the other stages.
         factor: by which the learning rate among `hyperparameters` is off.
         version: of the task.

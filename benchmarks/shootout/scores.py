@@ -83,10 +83,10 @@ class Outcome:
         return figure if math.isfinite(figure) else PENALTY * max(1.0, whole if math.isfinite(whole) else 1.0)
 
 
-def outcome(runs: Sequence[Record], reference: Sequence[Record]) -> Outcome | None:
-    """None where there are no runs, or no goal."""
-    level = goal(reference)
-    if not runs or level is None:
+def outcome(runs: Sequence[Record], reference: Sequence[Record], level: float | None = None) -> Outcome | None:
+    """None where there are no runs, or no goal: that which the reference sets, or `level`."""
+    level = goal(reference) if level is None else level
+    if not runs or not reference or level is None:
         return None
     losses = final_losses(runs)
     budget = median(run["job"]["steps"] for run in reference)
@@ -151,11 +151,35 @@ def summarise(outcomes: Iterable[Outcome]) -> Summary:
     )
 
 
-def outcomes(runs: Runs, reference: Runs, contender: str, tasks: Iterable[str], against: str) -> dict[str, Outcome]:
+def outcomes(
+    runs: Runs,
+    reference: Runs,
+    contender: str,
+    tasks: Iterable[str],
+    against: str,
+    levels: Mapping[str, float] | None = None,
+) -> dict[str, Outcome]:
     """A contender's outcomes on those of `tasks` where it ran and there is a goal: the one that `reference`'s runs of
-    `against` set."""
-    found = {task: outcome(runs.get((task, contender), ()), reference.get((task, against), ())) for task in tasks}
+    `against` set, or the task's of `levels`."""
+    found = {
+        task: outcome(runs.get((task, contender), ()), reference.get((task, against), ()), (levels or {}).get(task))
+        for task in tasks
+    }
     return {task: each for task, each in found.items() if each is not None}
+
+
+def best_levels(runs: Runs, tasks: Iterable[str], contenders: Iterable[str]) -> dict[str, float]:
+    """The lowest goal that one of the contenders sets on each task."""
+    contenders = list(contenders)
+    found = {task: [goal(runs.get((task, name), ())) for name in contenders] for task in tasks}
+    levels = {task: [level for level in own if level is not None] for task, own in found.items()}
+    return {task: min(own) for task, own in levels.items() if own}
+
+
+def loss_ratio(changed: Mapping[str, Outcome], plain: Mapping[str, Outcome]) -> float:
+    """Geometric mean of final losses over those of `plain`, on the tasks where both are finite and above zero."""
+    pairs = [(changed[task].loss, plain[task].loss) for task in changed if task in plain]
+    return geometric_mean(new / old for new, old in pairs if 0 < new < math.inf and 0 < old < math.inf)
 
 
 def slowdown(wrong: Mapping[str, Outcome], right: Mapping[str, Outcome]) -> float:

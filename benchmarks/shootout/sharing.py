@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.shootout.plan import Plan, final_jobs, load, robust_jobs
-from benchmarks.shootout.running import FINAL, TUNE, Job, Record, run
+from benchmarks.shootout.plan import Plan, change_jobs, final_jobs, load, robust_jobs
+from benchmarks.shootout.running import CHANGE, FINAL, TUNE, Job, Record, run
 from examples.paper.runs import append_result, fcntl
 
 WAIT_SECONDS = 5.0
@@ -45,7 +45,10 @@ def units(plan: Plan, stage: str, records: Sequence[Record]) -> list[Unit]:
             for schedule in contender.schedules
             if plan.trials_of(contender)
         ]
-    jobs = final_jobs(plan, records) if stage == FINAL else robust_jobs(plan, records)
+    if stage == CHANGE:
+        jobs = [job for own in change_jobs(plan).values() for job in own]
+    else:
+        jobs = final_jobs(plan, records) if stage == FINAL else robust_jobs(plan, records)
     return [Unit(job.key, partial(_unless_done, job)) for job in jobs]
 
 
