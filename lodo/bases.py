@@ -31,7 +31,7 @@ SETTLED = 1000  # which doubles with every doubling of the steps from here on: b
 FACTORS_EVERY = 2  # steps between two gradients that are taken into the averages of g g^T
 SKEWNESS = 2  # a side has an eigenbasis if its square has at most so many times the elements of the tensor
 LARGEST_SIDE = 2048
-LARGEST_VECTOR = 512  # that has a full eigenbasis, in groups without a matrix
+LARGEST_VECTOR = 512  # elements of a group without a matrix whose vectors have full eigenbases
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -228,17 +228,17 @@ def _own_precision(tensor: Tensor) -> AbstractContextManager[object]:
 def _sides(shapes: Sequence[torch.Size]) -> list[list[tuple[int, int]]]:
     """The sides of each tensor that have an eigenbasis, as (0 for rows or 1 for columns, length).
 
-    Bounded by the tensor's own size, so that what is kept is at most 2 * 2 * SKEWNESS numbers for an element. A group
-    of nothing but vectors is small, or has no structure to use, and gets full bases.
+    Bounded by the tensor's own size, so that what is kept is at most 2 * 2 * SKEWNESS numbers for an element. Only a
+    small group of nothing but vectors has full bases; all biases and norms of a model are no such group.
     """
-    has_matrix = any(len(shape) > 1 for shape in shapes)
+    has_full = all(len(shape) < 2 for shape in shapes) and sum(shape.numel() for shape in shapes) <= LARGEST_VECTOR
     found: list[list[tuple[int, int]]] = []
     for shape in shapes:
         size, own = shape.numel(), []
         if len(shape) > 1 and size > 0:
             lengths = (shape[0], size // shape[0])
             own = [(side, d) for side, d in enumerate(lengths) if 1 < d <= LARGEST_SIDE and d * d <= SKEWNESS * size]
-        elif len(shape) == 1 and not has_matrix and 1 < size <= LARGEST_VECTOR:
+        elif len(shape) == 1 and has_full and size > 1:
             own = [(0, size)]
         found.append(own)
     return found

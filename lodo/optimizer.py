@@ -10,10 +10,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lodo import diagnostics, state
 from lodo.flat import Place, check_parameters, has_gradients
 from lodo.notices import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
-from lodo.options import ADDED, CHANGEABLE, FLOATS, check_options
+from lodo.options import ADDED, CHANGEABLE, FLOATS, check_lr, check_options
 from lodo.preconditioners import Operator, Preconditioner
 from lodo.rounding import kept_dtype, name_of
-from lodo.saved import amended, check_layout, check_saved, has_lost_networks, unwrap, wrap
+from lodo.saved import made_ready, unwrap
 from lodo.scalars import Number, choose, energy, is_tensor
 from lodo.step import judge, lodo_step, shorten_
 
@@ -297,6 +297,7 @@ class LODO(Optimizer):
 
     def _check_changes(self, group: dict[str, Any]) -> None:
         """Refuses options that were written into a param group since the last step, if they are out of range."""
+        check_lr(group["lr"])  # each time, for schedulers write it
         options = tuple(group[name] for name in CHANGEABLE)
         if self._checked.get(group["params"][0]) != options:
             check_options(group)
@@ -465,24 +466,20 @@ class LODO(Optimizer):
         live.start_extras(group)
         live.publish(self.state, group)
         self._live[group["params"][0]] = live
+        firsts = {each["params"][0] for each in self.param_groups if each["params"]}
+        for gone in self._live.keys() - firsts:  # exchanged for other parameters
+            del self._live[gone]
+            self._checked.pop(gone, None)
         return live
 
 
 def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
-    groups = optimizer.param_groups
-    check_layout(state_dict)
-    lengths = [len(group["params"]) for group in groups]
-    if lengths != [len(group["params"]) for group in state_dict["param_groups"]]:
+    ready = made_ready(state_dict, optimizer.param_groups, optimizer.defaults)
+    if ready is None:
         return None  # torch refuses this itself
-    for saved in state_dict["param_groups"]:
-        check_options({**optimizer.defaults, **saved})
-    check_saved(state_dict, groups)
-    ids = {key for saved in state_dict["param_groups"] for key in saved["params"]}
-    found = amended(state_dict, groups)
-    # Found out now: once the state is loaded no memory must be asked for.
-    optimizer._has_momentum_alone = has_lost_networks(state_dict["param_groups"], found, groups)
-    return {**state_dict, "state": wrap(found, ids)}
+    found, optimizer._has_momentum_alone = ready
+    return {**state_dict, "state": found}
 
 
 def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> list[tuple[Number, Number]]:

@@ -3,7 +3,6 @@
 import math
 import numbers
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,19 +14,20 @@ from lodo.composite import Composite
 from lodo.preconditioners import BY_NAME, Preconditioner
 from lodo.rounding import DTYPES, name_of
 
-RECOMMENDED: Mapping[str, Any] = MappingProxyType(
-    {
-        "lr": 1e-3,
-        "base": "soap",
-        "preconditioner": "log_diagonal",
-        "meta_lr": 3e-3,
-        "trace": 0.99,
-        "scale_lr": 0.03,
-        "decays": (0.0, 0.9, 0.99, 0.999),
-    }
-)
+RECOMMENDED: Mapping[str, Any] = {  # a plain dict, which configurations can copy and pickle
+    "lr": 1e-3,
+    "base": "soap",
+    "preconditioner": "log_diagonal",
+    "meta_lr": 3e-3,
+    "trace": 0.99,
+    "scale_lr": 0.03,
+    "decays": (0.0, 0.9, 0.99, 0.999),
+}
 """What wants no tuning: `lodo.LODO(params, **lodo.RECOMMENDED)`. Chosen by figures, which docs/experiments.md has; what
 `lodo.LODO` does without options is the paper's method."""
+
+NETWORK = ("preconditioner", "depth", "block_size", "expansion", "permutation")
+"""What a group's network is made by. It must stay once there is one."""
 
 CHANGEABLE = (
     "meta_lr",
@@ -83,14 +83,7 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        if lr.dtype == torch.bool or lr.is_complex() or lr.layout != torch.strided:
-            raise ValueError(f"Tensor lr must be dense and of real numbers, got {lr!r}")
-        lr = lr.item() if lr.device.type == "cpu" else 0.0  # a value on an accelerator is not waited for
-    _check_number("lr", lr, 0, math.inf)
+    check_lr(options["lr"])
     _check_number("meta_lr", options["meta_lr"], 0, math.inf)
     _check_number("beta", options["beta"], 0, 1)
     _check_number("weight_decay", options["weight_decay"], 0, math.inf)
@@ -131,6 +124,21 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("maximize", "capturable"):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} must be a bool, got {options[name]!r}")
+
+
+def check_lr(lr: Any) -> None:
+    """Refuses a learning rate that is no finite number >= 0, or tensor of one.
+
+    Raises:
+        ValueError: naming it and what is allowed.
+    """
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if lr.dtype == torch.bool or lr.is_complex() or lr.layout != torch.strided:
+            raise ValueError(f"Tensor lr must be dense and of real numbers, got {lr!r}")
+        lr = lr.item() if lr.device.type == "cpu" else 0.0  # a value on an accelerator is not waited for
+    _check_number("lr", lr, 0, math.inf)
 
 
 def _check_number(name: str, value: Any, low: float, high: float, others: str = "") -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lodo.flat import computed_dtype
-from lodo.options import ADDED
+from lodo.options import ADDED, check_options
 from lodo.preconditioners import BY_NAME
 from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1
 from lodo.state import (
@@ -50,6 +50,31 @@ COMPUTED = (torch.float32, torch.float64)
 """Dtypes of networks and of the numbers that steer a step."""
 KEPT = (*COMPUTED, torch.bfloat16)
 """Dtypes of momentum and moments."""
+
+
+def made_ready(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], defaults: Mapping[str, Any]
+) -> tuple[dict[Any, Any], bool] | None:
+    """What torch is to load, and whether that has lost networks (see `has_lost_networks`): found out before, for once
+    the state is loaded no memory must be asked for. None if the groups are so different that torch refuses them itself.
+
+    Args:
+        groups: the optimizer's present param groups.
+        defaults: its options.
+
+    Raises:
+        ValueError: the groups cannot go on from the state.
+    """
+    check_layout(state_dict)
+    saved_groups = state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
+        return None
+    for saved in saved_groups:
+        check_options({**defaults, **saved})
+    check_saved(state_dict, groups)
+    ids = {key for saved in saved_groups for key in saved["params"]}
+    found = amended(state_dict, groups)
+    return wrap(found, ids), has_lost_networks(saved_groups, found, groups)
 
 
 def check_layout(saved: Mapping[str, Any]) -> None:

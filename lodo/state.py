@@ -30,6 +30,7 @@ from lodo.bases import BASES
 from lodo.flat import FlatParameters
 from lodo.fused import put_together
 from lodo.mixture import Mixture
+from lodo.options import NETWORK
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import kept_dtype
 from lodo.scalars import Cell, Number, is_tensor
@@ -73,6 +74,7 @@ class GroupState:
     scale: Scale | None = field(init=False, default=None)
     mixture: Mixture | None = field(init=False, default=None)
     lr: Cell = field(init=False)
+    network_options: dict[str, Any] = field(init=False, default_factory=dict)  # of the group, that the network is of
     has_stepped: bool = field(init=False, default=False)  # so that all that kernels prepare is there
     # What stands in `optimizer.state`: the tensors for the whole group, and each parameter's momentum.
     kept: dict[str, Tensor] = field(init=False, default_factory=dict)
@@ -142,6 +144,7 @@ class GroupState:
 
     def _put_together(self, group: dict[str, Any]) -> None:
         """Makes `operator` and `scale` of the present tensors, of whose memory they have views."""
+        self.network_options = {name: group[name] for name in NETWORK}
         self._places = {name: tensor.data_ptr() for name, tensor in self.extras.items()}
         table = self.extras.get("scale")
         self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths)
@@ -292,14 +295,14 @@ def check_base(group: dict[str, Any]) -> None:
 
 
 def check_kept_parts(group: dict[str, Any], kept: Iterable[str]) -> None:
-    """Refuses to go on with another base than that of which these tensors are kept, and in whose coordinates momenta
-    are, or without the mixture that they are of.
+    """Refuses to go on with another base than that of which these tensors are kept, and in whose coordinates and units
+    momenta are, or without the mixture that they are of.
 
     Raises:
         ValueError: if the group's options ask for that.
     """
     found = next((kind for kind in reversed(BASES) if set(BASES[kind].names) <= set(kept)), None)
-    if found is not None and found != group["base"]:
+    if found != group["base"]:
         raise ValueError(f"base must stay {found!r} {SINCE}, got {group['base']!r}")
     if "momenta" in kept and group["decays"] is None:
         raise ValueError(f"decays must stay {SINCE}, got None")
@@ -327,8 +330,11 @@ def has_all(group: dict[str, Any], live: GroupState) -> bool:
     """Whether there is all that the group's options ask for.
 
     Raises:
-        ValueError: if they ask for another base, or for other decays, than is kept.
+        ValueError: if they ask for another network or base, or for other decays, than is kept.
     """
+    for name, old in live.network_options.items():
+        if group[name] != old:
+            raise ValueError(f"{name} must stay {old!r} {SINCE}, got {group[name]!r}")
     check_kept_parts(group, live.extras)
     if live.mixture is not None and live.mixture.decays_of != tuple(group["decays"]):
         raise ValueError(f"decays must stay {live.mixture.decays_of} {SINCE}, got {group['decays']!r}")
@@ -466,7 +472,8 @@ def _check_bound(group: dict[str, Any], state: State) -> None:
             "use add_param_group for new ones"
         )
     entry, expected = entry_of(group, state), shapes(local_size(params), group)
-    check_kept_parts(group, entry)
+    if "theta" in entry:
+        check_kept_parts(group, entry)
     misfits = [name for name in expected if name in entry and tuple(entry[name].shape) != expected[name]]
     if "theta" in misfits or sum("format" in state[p] for p in params) > 1:
         raise RuntimeError(OTHER_GROUPS)

@@ -1,7 +1,11 @@
 """LODO in use: carried over, copied, with closures, averaged and compiled models, on several devices."""
 
 import copy
+import gc
+import json
+import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -245,10 +249,12 @@ def test_wrong_options_that_are_written_into_a_group_are_refused_before_anything
     optimizer.step()
 
 
-@pytest.mark.parametrize("change", [("adam", "soap"), ("soap", "adam"), ("soap", None)], ids=str)
+@pytest.mark.parametrize(
+    "change", [("adam", "soap"), ("soap", "adam"), ("soap", None), (None, "soap"), (None, "adam")], ids=str
+)
 @pytest.mark.parametrize("is_copied", [False, True])
 def test_another_base_that_is_written_into_a_group_is_refused(change, is_copied):
-    """What is kept would be in other coordinates; a group that has none may still be given one."""
+    """What is kept would be in other coordinates and units."""
     model, (old, new) = mlp(), change
     optimizer = lodo.LODO(model.parameters(), **{**lodo.RECOMMENDED, "base": old})
     train(model, optimizer, steps=2)
@@ -258,10 +264,91 @@ def test_another_base_that_is_written_into_a_group_is_refused(change, is_copied)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = [p.clone() for p in model.parameters()]
-    message = f"base must stay '{old}' for a param group that has state with it, got {new!r}"
+    message = f"base must stay {old!r} for a param group that has state with it, got {new!r}"
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert_equal(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("log_diagonal", "preconditioner", "diagonal"),
+        ("block_permutation", "depth", 8),
+        ("block_permutation", "block_size", 2),
+        ("block_permutation", "expansion", 1.0),
+        ("block_permutation", "permutation", "shuffle"),
+    ],
+)
+def test_another_network_that_is_written_into_a_group_is_refused(kind, name, value):
+    """The numbers of one kind may be of the shape of another's and mean something else."""
+    model = mlp()
+    optimizer = lodo.LODO(model.parameters(), lr=0.1, preconditioner=kind)
+    train(model, optimizer, steps=2)
+    before, old = [p.clone() for p in model.parameters()], optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} must stay {old!r} for a param group that has state with it"):
+        optimizer.step()
+    assert_equal(before, list(model.parameters()))
+    optimizer.param_groups[0][name] = old
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "lr", [math.nan, math.inf, -1.0, None, True, "0.1", torch.tensor([0.1, 0.1]), torch.tensor(-0.1)], ids=str
+)
+@pytest.mark.parametrize("options", [{"meta_lr": 0.0}, lodo.RECOMMENDED], ids=["paper", "recommended"])
+def test_a_learning_rate_that_is_written_into_a_group_is_checked_at_each_step(lr, options):
+    model = mlp()
+    optimizer = lodo.LODO(model.parameters(), **options)
+    train(model, optimizer, steps=2)
+    before = [p.clone() for p in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"lr must be (a number >= 0|1-element)"):
+        optimizer.step()
+    assert_equal(before, list(model.parameters()))
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+
+
+def test_the_same_parameter_twice_in_a_group_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="the same one twice"):
+        lodo.LODO([p, p])
+
+
+def test_the_recommended_options_can_be_kept_in_configurations():
+    assert copy.deepcopy(lodo.RECOMMENDED) == pickle.loads(pickle.dumps(lodo.RECOMMENDED)) == lodo.RECOMMENDED
+    lodo.LODO(mlp().parameters(), **json.loads(json.dumps(lodo.RECOMMENDED)))
+
+
+@pytest.mark.parametrize(("count", "is_full"), [(2, True), (20, False)])
+def test_only_small_groups_of_vectors_have_full_eigenbases(count, is_full):
+    """All biases and norms of a model are a group of their own in many trainings."""
+    params = [nn.Parameter(torch.ones(200)) for _ in range(count)]
+    optimizer = lodo.LODO(params, **lodo.RECOMMENDED)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert optimizer.state[params[0]]["base_factors"].numel() == (2 * count * 200**2 if is_full else 0)
+
+
+def test_exchanged_parameters_are_not_kept_alive():
+    optimizer = lodo.LODO([nn.Parameter(torch.ones(3))], lr=0.1)
+    gone = []
+    for _ in range(3):
+        p = nn.Parameter(torch.ones(3))
+        optimizer.param_groups[0]["params"] = [p]
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.state.pop(p)
+        gone.append(weakref.ref(p))
+        del p
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))]
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
 
 
 @pytest.mark.parametrize("name", ["theta", "base_exp_avg_sq", "scale", "mixture", "base_factors"])
