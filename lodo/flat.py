@@ -17,7 +17,7 @@ Place = tuple[torch.device, Any]
 
 def check_parameters(params: Sequence[Tensor]) -> None:
     """Refuses parameters that LODO cannot flatten: ValueError for sparse, complex or other dtypes, elements that share
-    memory, mixed devices and mixed sharding, and the same one twice."""
+    memory, mixed devices and mixed sharding."""
     for p in params:
         if p.layout != torch.strided:
             raise ValueError(f"LODO does not support sparse parameters, got layout {p.layout}")
@@ -33,8 +33,6 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(f"the parameters of one group must be on one device, got {devices}; make one group per device")
-    if len(set(map(id, params))) < len(params):
-        raise ValueError("the parameters of one group must be different ones, got the same one twice")
     check_sharding(params)
 
 

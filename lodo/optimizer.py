@@ -157,6 +157,7 @@ class LODO(Optimizer):
                 param_group = {**param_group, **learned.options}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["params"] = list(dict.fromkeys(group["params"]))  # torch only warns of one that is given twice
         for name in FLOATS:
             if not isinstance(group[name], Tensor | int | None):
                 group[name] = float(group[name])  # NumPy's numbers would not pass torch.load(weights_only=True)

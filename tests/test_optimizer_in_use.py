@@ -311,10 +311,16 @@ def test_a_learning_rate_that_is_written_into_a_group_is_checked_at_each_step(lr
     torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
 
 
-def test_the_same_parameter_twice_in_a_group_is_refused():
-    p = nn.Parameter(torch.ones(3))
-    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="the same one twice"):
-        lodo.LODO([p, p])
+def test_the_same_parameter_twice_in_a_group_counts_once():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate"):
+        twice = lodo.LODO([p, p])
+    once = lodo.LODO([q])
+    for _ in range(3):
+        p.grad, q.grad = 2 * p.detach(), 2 * q.detach()
+        twice.step(), once.step()
+    assert torch.equal(p, q)
+    twice.load_state_dict(copy.deepcopy(twice.state_dict()))
 
 
 def test_the_recommended_options_can_be_kept_in_configurations():
