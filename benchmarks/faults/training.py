@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
         "meta_optimizer": "sgd",
         "dtype": torch.float64,
     },
+    "without tuning": dict(lodo.RECOMMENDED),
 }
 KERNELS = ("native", "plain torch")
 
@@ -45,7 +46,7 @@ class Training:
         groups: Any = self.params
         if is_split:
             groups = [{"params": self.params[:2]}, {"params": self.params[2:], "preconditioner": "diagonal"}]
-        self.optimizer = lodo.LODO(groups, lr=0.05, meta_lr=1e-2, weight_decay=0.01, **options)
+        self.optimizer = lodo.LODO(groups, **{"lr": 0.05, "meta_lr": 1e-2, "weight_decay": 0.01, **options})
 
     def set_gradients(self, step: int) -> None:
         noise = np.random.default_rng(step)
