@@ -1,4 +1,4 @@
-"""Trains an MLP on handwritten digits with LODO, AdamW and SGD with momentum, side by side.
+"""Trains an MLP on handwritten digits with LODO, tuned and untuned, AdamW and SGD with momentum, side by side.
 
     python -m examples.train_classifier                                  # scikit-learn's digits, about 10 s
     python -m examples.train_classifier --data mnist --data-root data    # MNIST, about 40 s
@@ -39,8 +39,9 @@ import lodo
 from examples import checkpoints
 from examples.image_data import CLASSES, ImageData, batches, digits, mnist
 
-LABELS = {"lodo": "LODO", "adamw": "AdamW", "sgd": "SGD with momentum"}
-COLORS = {"lodo": "#0072B2", "adamw": "#D55E00", "sgd": "#009E73"}  # told apart by the colour-blind too
+LABELS = {"lodo": "LODO", "untuned": "LODO, untuned", "adamw": "AdamW", "sgd": "SGD with momentum"}
+# Told apart by the colour-blind too.
+COLORS = {"lodo": "#0072B2", "untuned": "#E69F00", "adamw": "#D55E00", "sgd": "#009E73"}
 CHUNK = 10_000  # images evaluated at a time
 
 
@@ -56,7 +57,8 @@ class Task:
 
 
 # The learning rates are the best of a grid for each optimizer, by the mean loss over the last tenth of the steps: where
-# the loss ends after the last step says less about a rate that is nearly too large. The grids are in README.md.
+# the loss ends after the last step says less about a rate that is nearly too large. The grids are in README.md. Untuned
+# LODO has the one of `lodo.RECOMMENDED`.
 TASKS = {
     "digits": Task("scikit-learn's digits", (64,), 1000, 64, lr={"lodo": 3.0, "adamw": 2e-2, "sgd": 0.25}),
     "mnist": Task("MNIST", (128,), 2000, 128, lr={"lodo": 0.5, "adamw": 2e-3, "sgd": 0.05}),
@@ -73,7 +75,7 @@ class Settings:
     seed: int
     device: str
     lr: float
-    meta_lr: float  # 0 where the optimizer has no such thing
+    meta_lr: float  # 0 where there is no such option
 
 
 def make_model(pixels: int, settings: Settings) -> nn.Sequential:
@@ -94,6 +96,8 @@ def make_optimizer(name: str, model: nn.Module, settings: Settings) -> torch.opt
         return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=fused)
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, fused=fused)
+    if name == "untuned":
+        return lodo.LODO(model.parameters(), **{**lodo.RECOMMENDED, "lr": settings.lr, "seed": settings.seed})
     # A lean network, an eighth of the default one's size, is enough for a small MLP.
     return lodo.LODO(
         model.parameters(),
@@ -316,7 +320,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="where MNIST's files are (default: data)")
     add("--optimizer", nargs="+", choices=LABELS, default=list(LABELS), help="which to run (default: all)")
     for name, label in LABELS.items():
-        add(f"--lr-{name}", type=rate, metavar="LR", help=f"learning rate of {label} (default: tuned for the dataset)")
+        default = lodo.RECOMMENDED["lr"] if name == "untuned" else "tuned for the dataset"
+        add(f"--lr-{name}", type=rate, metavar="LR", help=f"learning rate of {label} (default: {default})")
     add("--meta-lr", type=rate, default=3e-3, metavar="LR", help="of LODO's inner optimizer (default: 3e-3)")
     add("--steps", type=count, help="training steps (default: 1000 for digits, 2000 for MNIST)")
     add("--batch-size", type=count, help="images a step (default: 64 for digits, 128 for MNIST)")
@@ -344,7 +349,7 @@ def prepare(options: argparse.Namespace, data: ImageData) -> list[Run]:
         )
     runs = []
     for name in dict.fromkeys(options.optimizer):
-        lr = vars(options)[f"lr_{name}"] or task.lr[name]
+        lr = vars(options)[f"lr_{name}"] or task.lr.get(name, lodo.RECOMMENDED["lr"])
         meta_lr = options.meta_lr if name == "lodo" else 0.0
         shared = (options.data, task.hidden, options.batch_size, options.seed, options.device)
         run = Run(name, pixels, Settings(*shared, lr, meta_lr))

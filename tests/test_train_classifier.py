@@ -97,7 +97,7 @@ def test_short_run_writes_table_figure_and_results(tmp_path: Path, capsys: pytes
         assert 0 < entry["optimizer_seconds"] < entry["seconds"]
         losses = checkpoint(out, name)["losses"]
         assert len(losses) == 40
-        assert entry["train_loss"] < 0.6 * losses[0]
+        assert entry["train_loss"] < 0.75 * losses[0]
         assert entry["test_accuracy"] > 0.5
     starts = {checkpoint(out, name)["losses"][0] for name in LABELS}
     assert len(starts) == 1, "the optimizers must start from the same weights and the same batch"
@@ -250,7 +250,7 @@ def test_truncated_gzip_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--optimizer", "adam"], ["--optimizer", "'adam'", "lodo", "adamw", "sgd"]),
+        (["--optimizer", "adam"], ["--optimizer", "'adam'", "lodo", "untuned", "adamw", "sgd"]),
         (["--data", "cifar"], ["--data", "'cifar'", "digits", "mnist"]),
         (["--steps", "0"], ["--steps", "an integer >= 1", "'0'"]),
         (["--batch-size", "1.5"], ["--batch-size", "an integer >= 1", "'1.5'"]),
