@@ -98,6 +98,8 @@ def _profiles(finals: Runs, tasks: Sequence[str], contenders: Sequence[str], pat
         largest = 1.0
         for name in contenders:
             found = outcomes(finals, finals, name, tasks, REFERENCE).values()
+            if 2 * len(found) < len(tasks):
+                continue  # the share of one task or two says little
             at, share = profile(found, axis)
             label = name if len(found) == len(tasks) else f"{name} ({len(found)} of {len(tasks)} tasks)"
             line = {**style(name), "label": label}
