@@ -74,7 +74,8 @@ def made_ready(
     check_saved(state_dict, groups)
     ids = {key for saved in saved_groups for key in saved["params"]}
     found = amended(state_dict, groups)
-    return wrap(found, ids), has_lost_networks(saved_groups, found, groups)
+    has_lost = has_lost_networks(saved_groups, found, groups)  # takes lost momentum out of `found`
+    return wrap(found, ids), has_lost
 
 
 def check_layout(saved: Mapping[str, Any]) -> None:
