@@ -4,7 +4,7 @@
 
 Times are of `step()` alone, on fixed gradients, in rounds in which all take turns; ratios are to the step with all
 parts in the same round. Calls are timed in whole cycles of the base, which renews its bases every tenth step in the
-first 2,000, and less often later. Writes part_costs.md.
+first 1,000, and less often later. Writes part_costs.md.
 """
 
 import argparse

@@ -110,8 +110,8 @@ class FlatParameters:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector, each shaped like its parameter."""
-        parts = vector.split([shape.numel() for _, shape in self._made_for])
-        return [part.view(shape) for part, (_, shape) in zip(parts, self._made_for, strict=True)]
+        parts = vector.split_with_sizes(self.lengths)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     @staticmethod
     def gather(tensors: Sequence[Tensor | None], views: Sequence[Tensor]) -> None:
