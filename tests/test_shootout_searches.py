@@ -1,5 +1,6 @@
 """The comparison on many tasks: searches, sharing, the command."""
 
+import gzip
 import json
 import math
 import multiprocessing
@@ -269,6 +270,11 @@ def test_the_command_runs_all_stages_and_reports_from_records_alone(tmp_path, ca
     assert "**Not run**: mnist_mlp." in (tmp_path / "report.md").read_text()
     assert "of different code" not in (tmp_path / "report.md").read_text()
     assert len(load(tmp_path / "runs.jsonl")) == len(records)
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "runs.jsonl").read_bytes()))
+    (tmp_path / "runs.jsonl").unlink()
+    command.main(arguments)  # makes nothing anew
+    assert not (tmp_path / "runs.jsonl").exists()
+    assert load(tmp_path / "runs.jsonl") == records
     with pytest.raises(ValueError, match="no final run for these settings"):
         write_report(plan(tmp_path, steps=13))
     with pytest.raises(SystemExit, match="no final run for these settings"):

@@ -61,8 +61,9 @@ class Plan:
 
 
 def load(path: Path) -> list[Record]:
-    """The records in a file, each run once."""
-    return list({record["key"]: record for record in read_results(path)}.values())
+    """The records in a file, and in a packed one beside it (.gz), to which nothing is added; each run once."""
+    found = [*read_results(path.with_name(path.name + ".gz")), *read_results(path)]
+    return list({record["key"]: record for record in found}.values())
 
 
 def trials(plan: Plan, task: Task, contender: Contender, schedule: str, records: Iterable[Record]) -> list[Record]:

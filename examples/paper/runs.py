@@ -1,5 +1,6 @@
 """Training runs: one job, its result as one JSON line, and many of them over worker processes, resumable."""
 
+import gzip
 import hashlib
 import importlib
 import json
@@ -307,14 +308,16 @@ def environment(place: Place, task: Task) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results in a JSON lines file, in order. A last line cut off by a kill is left out, with a note on stderr.
+    """The results in a JSON lines file, in order; one called .gz is unpacked. A last line cut off by a kill is left out,
+    with a note on stderr.
 
     Raises:
         ValueError: a line that is not the last is no result, or the format is another one.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    lines = data.decode().split("\n")
     results = []
     for number, line in enumerate(lines, 1):
         if not line:
