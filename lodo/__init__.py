@@ -1,13 +1,14 @@
 """LODO: a PyTorch optimizer that learns its inverse Hessian while it optimizes."""
 
 from lodo.diagnostics import hessian_error, spectrum
-from lodo.optimizer import LODO
+from lodo.optimizer import LODO, AutoLODO
 from lodo.options import RECOMMENDED
 from lodo.preconditioners import BlockPermutation, Diagonal, Identity, LogDiagonal, Residual, Scalar
 
 __all__ = [
     "LODO",
     "RECOMMENDED",
+    "AutoLODO",
     "BlockPermutation",
     "Diagonal",
     "Identity",

@@ -68,7 +68,7 @@ class Composite(Operator):
         return self.apply(self.balance(g))
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        """As a network's, but from `balance` of g; T is that of the last step until `observe_` is called."""
+        """As a network's, but from `balance` of g; T is that of the last step until `settle_` is called."""
         if isinstance(self.network, LogDiagonal):
             self.network.learn_from_(self.reply(g), m, lr, moments, rates)
         elif self.theta.numel() > 0:
@@ -77,13 +77,32 @@ class Composite(Operator):
     def bound_condition_(self, largest: float) -> None:
         self.network.bound_condition_(largest)
 
-    def observe_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
-        """Takes a gradient into the base, and what the scale has learned into T."""
-        if self.base is not None:
-            rotated = self.base.turn_(g, rotated, kept, active, steps)
-            self.base.take_in_(rotated, active, steps)
-        self._refresh(steps)
+    @property
+    def unit(self) -> Number:
+        """What the gradients that the optimizer computes with are divided by (`lodo.bases`)."""
+        return 1.0 if self.base is None else self.base.unit
+
+    def observe_(
+        self,
+        g: Tensor,
+        rotated: Tensor | None,
+        kept: Sequence[Tensor],
+        active: Number,
+        steps: Number,
+        age: Number | None = None,
+    ) -> Tensor:
+        """Takes a gradient into the base."""
+        if self.base is None:
+            return g if rotated is None else rotated
+        rotated = self.base.turn_(g, rotated, kept, active, steps, age)
+        self.base.take_in_(rotated, active, steps, age)
         return rotated
+
+    def settle_(self, m: Tensor, bias: Number, steps: Number) -> None:
+        """Takes into T what base and scale have learned."""
+        if self.base is not None:
+            self.base.settle_(m, bias, steps)
+        self._refresh(steps)
 
     def _refresh(self, steps: Number) -> None:
         """Computes, once a step, all of the operator if it is diagonal, else `root`."""

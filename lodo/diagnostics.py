@@ -134,7 +134,7 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     if group["maximize"]:
         g.neg_()
     with _timed("seconds_apply", seconds, flat.device):
-        step = operator.rotate_back(operator.apply(m).mul_(last_lr))
+        step = operator.rotate_back(operator.apply(m).mul_(last_lr * float(live.unit)))
     for vector in (step, x):
         flat.mask_(flat.views(vector), moves)
     eigenvalues, weights = spectrum(operator, probes=probes, iterations=iterations)
@@ -158,6 +158,7 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     if group["meta_lr"] > 0 and network.theta.numel() > 0:
         e = live.extras.get("trace", m)
         if isinstance(operator, Composite):
+            e = e * float(live.unit)  # which makes of what is kept gradients of their own size
             g, e = operator.balance(operator.rotate(g)) * operator.root, e * operator.root
         h = _hypergradient(network, g, e, last_lr, seconds)
         result["hypergradient_norm"] = float(norm(h.flatten()))

@@ -88,6 +88,10 @@ class FlatParameters:
         self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
         self.shapes = [tensor.shape for tensor in tensors]
         self.lengths = [tensor.numel() for tensor in tensors]
+        self.dtypes = [tensor.dtype for tensor in tensors]
+        self.coarsest = max(
+            (torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0
+        )  # relative spacing of numbers
 
     def tensors(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """The parameters, or the parts of them that are on this rank."""

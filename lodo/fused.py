@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lodo import kernels, meta
-from lodo.bases import EPS, AdamBase
+from lodo.bases import EPS, LONGEST, AdamBase
 from lodo.composite import Composite, is_diagonal
-from lodo.mixture import Mixture, descent, made_of
+from lodo.mixture import BOUND, COAST, Mixture, descent, made_of
 from lodo.preconditioners import LogDiagonal, Preconditioner
 from lodo.scalars import Number
 from lodo.scale import LARGEST_LOG, Scale
@@ -26,6 +26,7 @@ class Fused(Composite):
         self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: float, lengths: Sequence[int]
     ) -> None:
         self._offsets = kernels.offsets(lengths)
+        self._shares = None if base is None else torch.tensor(base.shares, dtype=torch.float64, device="cpu")
         super().__init__(network, base, scale, steps)
 
     def judge_(
@@ -38,6 +39,7 @@ class Fused(Composite):
         mixture: Mixture | None,
         mix_lr: float,
         steps: float,
+        age: float | None = None,
     ) -> None:
         """Lines 1 and 2: the rotated gradient g judges the last step, made with `lr` from the vector `judged`.
 
@@ -50,14 +52,24 @@ class Fused(Composite):
             else:
                 self.learn_(g, judged, lr, moments, rates)  # rounding to bfloat16 is not the kernel's
         if inner is not None or mixture is not None:
-            by = descent(mix_lr, steps, lr > 0)
+            by = descent(mix_lr, steps, lr > 0, age)
             vectors, inner = (g, self._gains, judged), inner or (None, None, None)
             tensors = (*vectors, self._table, *inner, *_tensors(mixture), self._offsets)
-            kernels.native.judge_(tensors, LARGEST_LOG, lr, made_of(steps), by, rates)
+            kernels.native.judge_(tensors, LARGEST_LOG, lr, made_of(steps), by, rates, BOUND, LogDiagonal.bound)
 
-    def observe_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: float, steps: float) -> Tensor:
+    def observe_(
+        self,
+        g: Tensor,
+        rotated: Tensor | None,
+        kept: Sequence[Tensor],
+        active: float,
+        steps: float,
+        age: float | None = None,
+    ) -> Tensor:
         """Turns the coordinates alone: `advance_` does the rest."""
-        return rotated if self.base is None else self.base.turn_(g, rotated, kept, active, steps)
+        if self.base is None:
+            return g if rotated is None else rotated
+        return self.base.turn_(g, rotated, kept, active, steps, age)
 
     def advance_(
         self,
@@ -70,11 +82,15 @@ class Fused(Composite):
         lr: float,
         beta: float,
         trace: float,
+        age: float | None = None,
+        idle: Sequence[float] | None = None,
     ) -> Tensor:
         """Lines 3 and 4: takes the rotated gradient g into the base and into m, and m into its trace e; returns the
         rotated step G m, of the G that has been learned."""
         step = torch.empty_like(m)
-        self._advance(steps, (g, m, e, step), mixture, lr, beta, trace)
+        flags = None if idle is None else torch.tensor(idle, dtype=torch.uint8, device="cpu")
+        bias = 1.0 if mixture is not None or self.base is None else 1 - beta**steps
+        self._advance(steps, (g, m, e, step), mixture, age, flags, lr, beta, trace, bias)
         return step
 
     def _refresh(self, steps: float) -> None:
@@ -88,6 +104,8 @@ class Fused(Composite):
         steps: float,
         vectors: tuple[Tensor | None, ...] = (None,) * 4,
         mixture: Mixture | None = None,
+        age: float | None = None,
+        idle: Tensor | None = None,
         *numbers: float,
     ) -> None:
         g, m, e, step = vectors
@@ -95,10 +113,12 @@ class Fused(Composite):
             torch.exp(self.theta, out=self._gains)
         else:
             self._gains.fill_(1)
-        weight, bias = AdamBase.numbers(steps)
+        weight, bias = AdamBase.numbers(steps, age)
         square = None if self.base is None else self.base.exp_avg_sq
-        tensors = (self._gains, g, m, e, step, self._table, square, *_tensors(mixture), self._offsets)
-        kernels.native.advance_(tensors, LARGEST_LOG, steps + (steps < 1), weight, bias, EPS, *numbers)
+        of_base = (square, self._shares, idle)
+        tensors = (self._gains, g, m, e, step, self._table, *of_base, *_tensors(mixture), self._offsets)
+        fixed = (EPS, self.unit, LONGEST, COAST)
+        kernels.native.advance_(tensors, LARGEST_LOG, steps + (steps < 1), weight, bias, *fixed, *numbers)
         self._steps, self._root = steps, None
 
     @property

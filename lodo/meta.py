@@ -27,7 +27,6 @@ EPS = 1e-7
 ROWS = 3  # of its tables
 TABLE_BETA2 = 0.995
 DRIFT = 5.0  # see `descent`
-TINY = 1e-30  # in place of EPS: what is normalised may be of any size
 
 KINDS = ("adam", "sgd")
 
@@ -57,13 +56,20 @@ def bounded(rate: float, drift: float, t: Number) -> Number:
 
 
 def rates(
-    kind: str, meta_lr: float, count: Number, active: Number, dtype: torch.dtype, drift: float | None = None
+    kind: str,
+    meta_lr: float,
+    count: Number,
+    active: Number,
+    dtype: torch.dtype,
+    drift: float | None = None,
+    age: Number | None = None,
 ) -> Rates:
-    """The rates of inner step number `count`, the t above, with meta_lr `bounded` by `drift`, if there is one. Those of
-    an inactive step leave theta, M and V as they are, bit for bit but for the signs of zeros."""
+    """The rates of inner step number `count`, the t above, with meta_lr `bounded` by `drift`, if there is one, after
+    `age` steps (None: t). Those of an inactive step leave theta, M and V as they are, bit for bit but for the signs of
+    zeros."""
     t = count + (count < 1)  # an inactive first step must not divide 0 by 0
     bias = 1 if kind == "sgd" else (1 - BETA2**t) ** 0.5 / (1 - BETA1**t)
-    rate = meta_lr if drift is None else bounded(meta_lr, drift, t)
+    rate = meta_lr if drift is None else bounded(meta_lr, drift, t if age is None else age + (age < 1))
     numbers: Sequence[Number]
     numbers = (active * rate * bias, active * (1 - BETA1), 1 - active * (1 - BETA2), active * (1 - BETA2))
     if is_tensor(active):
@@ -90,6 +96,11 @@ def update_(theta: Tensor, h: Tensor, moments: Moments | None, rates: Rates, fir
         moments[1].copy_(to_bfloat16(exp_avg_sq, words >> 16))
 
 
+def tiny(dtype: torch.dtype) -> float:
+    """In place of EPS in `descend_`, where what is normalised may be of any size whose square is a number at all."""
+    return torch.finfo(dtype).tiny ** 0.5
+
+
 class Descent(NamedTuple):
     """The numbers of one step of `descend_`: plain, or 0-dim tensors."""
 
@@ -100,33 +111,34 @@ class Descent(NamedTuple):
     bias2: Number  # 1 - b2^t
 
 
-def descent(rate: float, steps: Number, active: Number) -> Descent:
+def descent(rate: float, steps: Number, active: Number, age: Number | None = None) -> Descent:
     """Those of step t = `steps` of the optimizer, the one that is being made included; without effect if not `active`.
 
     The rate is `bounded` by DRIFT: what judges a scale goes on blaming it for a while after it has changed, and without
-    a bound it would run away.
+    a bound it would run away. `age` counts the steps since learning began anew, by which it is bounded; None for t.
     """
     t = steps + (steps < 1)
     active = active.to(t.dtype) if is_tensor(active) else float(active)
-    rate = active * bounded(rate, DRIFT, t)
+    rate = active * bounded(rate, DRIFT, t if age is None else age + (age < 1))
     return Descent(rate, active * (1 - BETA1), active * (1 - TABLE_BETA2), 1 - BETA1**t, 1 - TABLE_BETA2**t)
 
 
-def descend_(table: Tensor, h: Tensor, by: Descent) -> None:
+def descend_(table: Tensor, h: Tensor, by: Descent, bound: float) -> None:
     """One step of a few numbers for each tensor of the parameters (its scale, its weights of momenta) along h.
 
         M <- b1 M + (1 - b1) h        V <- b2 V + (1 - b2) h^2
-        u <- u - min(rate, DRIFT / t) * (M / (1 - b1^t)) / sqrt(V / (1 - b2^t)),    b1 = 0.9, b2 = 0.995
+        u <- u - min(rate, DRIFT / t) * (M / (1 - b1^t)) / sqrt(V / (1 - b2^t)),    b1 = 0.9, b2 = 0.995,  |u| <= bound
 
     Args:
         table: u, M and V along the first dimension; float64 where the device has it.
         h: shaped like u. Where it is not finite, which a product of large numbers may be, it counts as 0.
         by: of this step.
+        bound: of |u|, whatever h.
     """
     u, exp_avg, exp_avg_sq = table
     largest = 0.5 * torch.finfo(table.dtype).max ** 0.5  # a square that overflows would stay in V
     h = h.to(table.dtype).nan_to_num(0.0, 0.0, 0.0).clamp_(-largest, largest)
     exp_avg.lerp_(h, by.forget1)
     exp_avg_sq.lerp_(h * h, by.forget2)
-    root = torch.sqrt(exp_avg_sq / by.bias2).add_(TINY)
-    u.sub_((exp_avg / by.bias1).div_(root).mul_(by.rate))
+    root = torch.sqrt(exp_avg_sq / by.bias2).add_(tiny(table.dtype))
+    u.sub_((exp_avg / by.bias1).div_(root).mul_(by.rate)).clamp_(-bound, bound)

@@ -5,9 +5,10 @@ any other hyperparameter: none at all is best to track a moving minimum, much of
 softmax of u_j on tensor j, are judged as theta is, by the gradient where the last step landed:
 
     h_jb = -d/du_jb <g, G m> / lr = -w_jb (c_jb - sum_b' w_jb' c_jb'),    c_jb = <(G g)_j, (m_b)_j> / lr
-    u_jb <- u_jb - min(mix_lr, DRIFT / t) * Adam's normalised h_jb        (`lodo.meta.descend_`)
+    u_jb <- u_jb - min(mix_lr, DRIFT / t) * Adam's normalised h_jb,    |u_jb| <= 30        (`lodo.meta.descend_`)
 
-All m_b are corrected for their start at zero.
+All m_b are corrected for their start at zero. While the gradient of a tensor is zero its momenta decay by COAST at
+least, so that it moves on for no longer than it would with Adam.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from lodo import meta
-from lodo.scalars import Number, is_tensor
+from lodo.scalars import Number, choose, is_tensor
 
+BOUND = 30.0  # of |u|
+COAST = 0.9
 FIRST_SHARE = 0.9  # of the decay nearest to `beta`, at the start; the others share the rest
 
 
@@ -43,7 +46,7 @@ class Mixture:
         shares[nearest] = FIRST_SHARE if count > 1 else 1.0
         self.table[0].copy_(shares.log()[:, None].expand_as(self.table[0]))
 
-    def learn_(self, step: Tensor, mix_lr: float, steps: Number, active: Number) -> None:
+    def learn_(self, step: Tensor, mix_lr: float, steps: Number, active: Number, age: Number | None = None) -> None:
         """Moves the weights along the hypergradient.
 
         Args:
@@ -52,18 +55,25 @@ class Mixture:
             mix_lr: the rate, before DRIFT bounds it.
             steps: taken, the one that is being made included.
             active: whether to.
+            age: steps since learning began anew; None for all.
         """
         parts = (self.momenta * step).split(self._lengths, dim=1)
         c = torch.stack([part.sum(1) for part in parts], dim=1).to(self.table.dtype)
         c = (c / self._corrections(made_of(steps))[:, None]).nan_to_num_(0.0, 0.0, 0.0)
         w = self.table[0].softmax(0)
-        meta.descend_(self.table, -w * (c - (w * c).sum(0)), descent(mix_lr, steps, active))
+        meta.descend_(self.table, -w * (c - (w * c).sum(0)), descent(mix_lr, steps, active, age), BOUND)
 
-    def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number) -> None:
-        """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,)."""
+    def mix_(self, m: Tensor, g: Tensor, steps: Number, active: Number, idle: Sequence[Number] | None = None) -> None:
+        """Takes the gradient g into the momenta, and writes their mixture into m; both of shape (n,).
+
+        `idle` says of each tensor whether its gradient is zero; None if no tensor's is.
+        """
         active = active.to(m.dtype) if is_tensor(active) else active
         for momentum, beta in zip(self.momenta, self.decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
+            if idle is not None and beta > COAST:
+                faster = [choose(is_idle, COAST / beta, 1.0) for is_idle in idle]
+                torch._foreach_mul_(list(momentum.split(self._lengths)), faster)
         w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)
         for part, (momenta, weights) in zip(m.split(self._lengths), shares, strict=True):
@@ -73,10 +83,10 @@ class Mixture:
         return 1 - self.decays**steps
 
 
-def descent(mix_lr: float, steps: Number, active: Number) -> meta.Descent:
+def descent(mix_lr: float, steps: Number, active: Number, age: Number | None = None) -> meta.Descent:
     """The numbers of step `steps` of `Mixture.learn_`, which has no effect in the first two: after one step all
     corrected momenta are the same, and what is left of h is rounding."""
-    return meta.descent(mix_lr, steps, active * (steps > 2))
+    return meta.descent(mix_lr, steps, active * (steps > 2), age)
 
 
 def made_of(steps: Number) -> Number:

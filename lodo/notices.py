@@ -11,7 +11,8 @@ NOT_WORTH_KEEPING = f"The state is not worth keeping. {BROKEN_OFF}"
 SKIPPED = (
     "LODO skipped a step: a gradient holds NaN or infinity (or is so large that its hypergradient would overflow), and "
     "nothing has changed; or the step itself overflowed, under max_step_norm, and no parameter has moved. "
-    "`skipped_steps` counts such steps. This warning is shown once."
+    "`skipped_steps` counts such steps: {count} since the optimizer was made or loaded. If they go on, look for the "
+    "first layer whose output is not finite, lower lr, or scale the loss down, as torch.amp.GradScaler does."
 )
 NEW_NETWORKS = (
     "LODO loaded a state that was saved with another number of shards. Momentum and options go on; the networks, which "

@@ -1,4 +1,4 @@
-"""The optimizer `lodo.LODO`: arguments, param groups, closure, the call of a step. No mathematics."""
+"""The optimizers `lodo.LODO` and `lodo.AutoLODO`: arguments, param groups, closure, the call of a step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import diagnostics, state
+from lodo.composite import Composite
 from lodo.flat import Place, check_parameters, has_gradients
 from lodo.notices import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
-from lodo.options import ADDED, CHANGEABLE, FLOATS, check_lr, check_options
+from lodo.options import ADDED, CHANGEABLE, FLOATS, RECOMMENDED, check_lr, check_options, refuse_others
 from lodo.preconditioners import Operator, Preconditioner
 from lodo.rounding import kept_dtype, name_of
 from lodo.saved import made_ready, unwrap
-from lodo.scalars import Number, choose, energy, is_tensor
+from lodo.scalars import Number, choose, is_tensor
+from lodo.scale import kept_share
 from lodo.step import judge, lodo_step, shorten_
 
 
@@ -28,14 +30,16 @@ class LODO(Optimizer):
 
     (Liao, Dangovski, Foerster, Soljacic: "Learning to Optimize Quasi-Newton Methods", TMLR 2023, Algorithm 1.) One G
     acts on each param group, flattened in order: one group is the paper's setting, several make G block-diagonal.
-    The defaults are the paper's; `lodo.LODO(params, **lodo.RECOMMENDED)` is the call that wants no tuning.
+    The defaults are the paper's; `lodo.AutoLODO(params)` is the call that wants no tuning.
 
     Args:
         params: tensors, (name, tensor) pairs or dicts of param groups; float16, bfloat16, float32 or float64.
         lr: scale of G at the start (the paper's alpha_0), a number >= 0 or a one-element tensor.
         meta_lr: learning rate of the inner optimizer (alpha); 0 freezes G. At step t of "log_diagonal" at most 30 / t.
         beta: decay of the momentum, an exponential moving average, in [0, 1).
-        weight_decay: decoupled, x <- (1 - lr * weight_decay) x, outside the hypergradient.
+        weight_decay: decoupled, x <- (1 - lr * S * weight_decay) x with the scale S of each tensor, if there are any
+            (`scale_lr`): in proportion to the steps that are taken, as AdamW's is. The scales' hypergradient knows of
+            it, all others do not.
         preconditioner: "block_permutation", "residual", "diagonal", "scalar", beyond the paper "log_diagonal" and
             "identity" (no network), or a learned preconditioner, of which the group starts with a copy.
         depth: number of layers; None is 16 for "block_permutation", 64 for "residual".
@@ -65,8 +69,11 @@ class LODO(Optimizer):
         maximize: ascend instead of descend.
         capturable: allow `step` to be captured in a CUDA graph, after at least one step outside; see `step`.
         seed: of the initial network; gives the same numbers on every device.
+        others: arguments of other optimizers that ask for nothing, as factories pass them to all: `foreach`, `fused`,
+            `differentiable` and `amsgrad` that are None or False.
 
     Raises:
+        TypeError: for arguments that LODO does not have.
         ValueError: for arguments out of range, naming argument, value and what is allowed; for sparse, complex or
             integer parameters; for a param group on two devices.
         RuntimeError: in `step`, for sparse gradients, before anything has changed.
@@ -103,7 +110,9 @@ class LODO(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         seed: int = 0,
+        **others: Any,
     ) -> None:
+        refuse_others(type(self).__name__, others)
         defaults = {
             "lr": lr,
             "meta_lr": meta_lr,
@@ -133,13 +142,34 @@ class LODO(Optimizer):
         check_options(defaults)
         self._live: dict[Tensor, state.GroupState] = {}
         self._checked: dict[Tensor, tuple[Any, ...]] = {}
-        self._has_warned = False
+        self._next_warning = 1  # so many skipped steps
         self._is_broken_off = False
         self._has_momentum_alone = False  # in the state dict that was loaded last
         super().__init__(params, defaults)
         if isinstance(preconditioner, Preconditioner):
             # Options stay plain numbers and strings; a group added later starts with the same architecture.
             self.defaults.update(preconditioner.options)
+
+    def reset(self, group: int | None = None) -> None:
+        """Lets learning begin anew where the data have changed, and keeps what is known.
+
+        What learns and averages ever more slowly in a long training does so from here on as it did at its start: the
+        rates of scales, momenta and gains, the averages and eigenbases of `base`. Parameters, momenta, scales, gains
+        and eigenbases stay as they are. The paper's method learns at a constant rate and is left as it is.
+
+        Args:
+            group: index of a param group; None for all.
+
+        Raises:
+            ValueError: if there is no such group.
+        """
+        if group is not None and (not isinstance(group, int) or not 0 <= group < len(self.param_groups)):
+            raise ValueError(f"group must be None or 0 to {len(self.param_groups) - 1}, got {group!r}")
+        for each in self.param_groups if group is None else [self.param_groups[group]]:
+            if self._has_state(each):
+                live = self._group_state(each)
+                live.reset_()
+                live.seal()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, during training too, with its own network. Its options default to the constructor's.
@@ -322,10 +352,12 @@ class LODO(Optimizer):
         return True
 
     def _notice_skips(self, live: state.GroupState) -> None:
-        """Warns at the first skipped step that the host knows of."""
-        if not self._has_warned and live.has_new_skips():
-            self._has_warned = True
-            warn(SKIPPED)
+        """Warns when the host learns of the first skipped step, of the tenth, the hundredth, ..."""
+        skips = live.new_skips()
+        if skips >= self._next_warning:
+            while skips >= self._next_warning:
+                self._next_warning *= 10
+            warn(SKIPPED.format(count=skips))
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
         momentum = live.momentum.to(live.flat.dtype)
@@ -339,16 +371,22 @@ class LODO(Optimizer):
         lr = live.lr.get()
         if group["base"] is not None and live.mixture is None:
             lr = lr / (1 - group["beta"] ** (steps + (steps < 1)))  # corrects the momentum for its start at zero
+        age = live.age()
+        share = self._look_back(group, live, active) if live.x is not None else None
+        if group["base"] is not None:
+            live.change_unit_(active)
         if live.scale is not None:
-            live.scale.learn_(live.gradient, group["scale_lr"], steps, active)
+            live.scale.follow_(live.lr.get())
+            self._learn_scales(group, live, steps, active, age)
+        unit = live.unit
         step = lodo_step(
             live.gradient,
             momentum,
             live.operator,
             live.moments if state.uses_moments(group) else None,
             live.meta_step.get(),
-            live.last_lr.get(),
-            lr,
+            live.last_lr.get() * unit,
+            lr * unit,
             active,
             learning,
             beta=group["beta"],
@@ -360,10 +398,52 @@ class LODO(Optimizer):
             mixture=live.mixture,
             mix_lr=group["mix_lr"],
             steps=steps,
+            age=age,
+            share=share,
+            idle=live.idle(group, active),
         )
         live.keep_momentum(momentum)
         self._move(group, live, step, lr, active)
         live.seal()
+
+    def _look_back(self, group: dict[str, Any], live: state.GroupState, active: Number) -> Tensor | None:
+        """Reads the parameters into `live.x`, and looks what has become of the last step.
+
+        Returns:
+            How much of it is left, between 0 and 1, shape (n,); None if nobody has changed the parameters since.
+        """
+        assert live.x is not None
+        x, written = live.x, live.extras["written"]
+        live.flat.gather(live.flat.tensors(group["params"]), live.flat.views(x))
+        waits = group["base"] == "soap" or live.flat.device.type == "cpu"
+        if waits and (not active or torch.equal(x, written) or live.steps.get() <= 1):
+            return None
+        change = (x - written).nan_to_num_(0.0, 0.0, 0.0)
+        change = torch.where(active, change, 0) if is_tensor(active) else change
+        made = live.operator.apply(live.momentum.to(x.dtype)).mul_(live.last_lr.get() * live.unit)
+        step = live.operator.rotate_back(made)
+        if live.scale is not None:
+            if group["weight_decay"] > 0:
+                step.add_(_decay(group, live, x, live.last_lr.get()))
+            live.scale.correct_(change, step, x.abs().mul_(4 * live.flat.coarsest))
+        return kept_share(step, change)
+
+    def _learn_scales(
+        self, group: dict[str, Any], live: state.GroupState, steps: Number, active: Number, age: Number | None
+    ) -> None:
+        assert live.scale is not None
+        assert live.x is not None
+        g = live.gradient
+        if group["weight_decay"] > 0:
+            # The loss that steps with this decay descend on has weight_decay / 2 <x, x> in the metric of D, of which
+            # the tensor's mean is taken.
+            base = live.operator.base if isinstance(live.operator, Composite) else None
+            sizes = [1.0] * len(live.flat.lengths) if base is None else base.typical(steps - 1)
+            pull = live.flat.views(live.x.clone())
+            torch._foreach_mul_(pull, [float(size) for size in sizes] if live.flat.device.type == "cpu" else sizes)
+            g = g + torch.cat([part.reshape(-1) for part in pull]).mul_(group["weight_decay"])
+        active = active * (live.last_lr.get() > 0)  # steps of length zero have told nothing
+        live.scale.learn_(g, group["scale_lr"], steps, active, age)
 
     def _move(self, group: dict[str, Any], live: state.GroupState, step: Tensor, lr: Number, active: Number) -> None:
         """Subtracts a step from the parameters that have a gradient, bounded, and with weight decay."""
@@ -371,7 +451,7 @@ class LODO(Optimizer):
         parts = live.flat.views(step)
         moves = [p.grad is not None for p in group["params"]]
         made_lr, is_finite = lr, True
-        if group["max_step_norm"] is not None or live.scale is not None:
+        if group["max_step_norm"] is not None or live.x is not None:
             live.flat.mask_(parts, moves)
         if group["max_step_norm"] is not None or group["weight_decay"] != 0:
             # Into the memory of the gradient, which has done its work.
@@ -382,15 +462,24 @@ class LODO(Optimizer):
             made_lr = lr * factor
             live.skipped.set(live.skipped.get() + (is_finite == 0))
         live.last_lr.set(choose(active, made_lr, live.last_lr.get()))
-        if live.scale is not None:
-            live.scale.record_(step, group["scale_trace"], active)
         if group["weight_decay"] != 0:
             # Part of the one subtraction, so that a low-precision parameter is rounded once.
-            step.add_(live.gradient.mul_(live.lr.get() * group["weight_decay"] * active * is_finite))
-        torch._foreach_sub_(
-            [tensor for tensor, is_moved in zip(params, moves, strict=True) if is_moved],
-            [part for part, is_moved in zip(parts, moves, strict=True) if is_moved],
-        )
+            decay = _decay(group, live, live.gradient, live.lr.get())
+            step.add_(decay.mul_(active * is_finite))
+            if live.x is not None:
+                live.flat.mask_(parts, moves)
+        if live.scale is not None:
+            live.scale.record_(step, group["scale_trace"], active)
+        moved = [tensor for tensor, is_moved in zip(params, moves, strict=True) if is_moved]
+        if live.x is None:
+            torch._foreach_sub_(moved, [part for part, is_moved in zip(parts, moves, strict=True) if is_moved])
+            return
+        written = live.extras["written"]
+        views = live.flat.views(torch.sub(live.x, step, out=live.x))
+        torch._foreach_copy_(moved, [view for view, is_moved in zip(views, moves, strict=True) if is_moved])
+        if any(tensor.dtype != live.x.dtype for tensor in moved):
+            live.flat.gather(params, views)  # as rounded
+        written.copy_(torch.where(active, live.x, written) if is_tensor(active) else live.x)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> StateDict:
@@ -435,7 +524,7 @@ class LODO(Optimizer):
         super().__setstate__(saved)
         self._is_broken_off = saved.get("_is_broken_off", False)
         self._live, self._checked = {}, {}  # rebuilt from `self.state` when it is next needed
-        self._has_warned = False
+        self._next_warning = 1
         for name, value in ADDED.items():
             self.defaults.setdefault(name, value)
         for group in self.param_groups:
@@ -474,6 +563,85 @@ class LODO(Optimizer):
         return live
 
 
+class AutoLODO(LODO):
+    """LODO that wants no tuning: `lodo.AutoLODO(model.parameters())` in place of `torch.optim.AdamW(...)`.
+
+    The same optimizer as `lodo.LODO(params, **lodo.RECOMMENDED)`, and their states load into each other. It is a class
+    of its own so that it can be named in a configuration by its path, without options.
+
+    G = lr S^1/2 Q D^1/2 diag(exp(w)) D^1/2 Q^T S^1/2: Adam's second moment in the eigenbasis of each matrix's
+    gradients, as SOAP has it (`base`), a learned gain for each coordinate there (w, `meta_lr`), and a learned scale S
+    for each tensor (`scale_lr`), applied to a learned mixture of momenta (`decays`). docs/experiments.md tells what
+    each brings.
+
+    Args:
+        params: as for `lodo.LODO`.
+        lr: length of the first steps, elementwise. Its size hardly matters, for the scales learn it; schedules of it
+            are followed.
+        weight_decay: decoupled: x <- (1 - lr * S * weight_decay) x, in proportion to the steps that are taken.
+        meta_lr: learning rate of the gains; at step t at most 30 / t.
+        beta: decay of the momentum that the mixture starts near.
+        trace: decay of the momenta that judge the gains.
+        base: "soap", or "adam" for no eigenbases: much cheaper steps on large matrices. `None` wants lr tuned.
+        scale_lr: learning rate of the logarithms of the scales; at step t at most 5 / t.
+        scale_trace: decay of the steps that judge the scales.
+        decays: of the momenta.
+        mix_lr: learning rate of the momenta's weights; at step t at most 5 / t.
+        meta_every, meta_state_dtype, momentum_dtype, max_step_norm, max_condition, maximize, capturable: as for
+            `lodo.LODO`. capturable=True wants base="adam".
+        others: as for `lodo.LODO`.
+
+    Raises:
+        As `lodo.LODO`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        meta_lr: float = 3e-3,
+        beta: float = 0.9,
+        trace: float = 0.99,
+        base: str | None = "soap",
+        scale_lr: float = 0.03,
+        scale_trace: float = 0.998,
+        decays: Sequence[float] | None = (0.0, 0.9, 0.99, 0.999),
+        mix_lr: float = 0.01,
+        meta_every: int = 1,
+        meta_state_dtype: str | torch.dtype | None = None,
+        momentum_dtype: str | torch.dtype | None = None,
+        max_step_norm: float | None = None,
+        max_condition: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        **others: Any,
+    ) -> None:
+        refuse_others(type(self).__name__, others)
+        super().__init__(
+            params,
+            lr,
+            meta_lr,
+            beta,
+            weight_decay,
+            preconditioner=RECOMMENDED["preconditioner"],
+            trace=trace,
+            base=base,
+            scale_lr=scale_lr,
+            scale_trace=scale_trace,
+            decays=decays,
+            mix_lr=mix_lr,
+            meta_every=meta_every,
+            meta_state_dtype=meta_state_dtype,
+            momentum_dtype=momentum_dtype,
+            max_step_norm=max_step_norm,
+            max_condition=max_condition,
+            maximize=maximize,
+            capturable=capturable,
+        )
+
+
 def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
     ready = made_ready(state_dict, optimizer.param_groups, optimizer.defaults)
@@ -483,13 +651,23 @@ def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     return {**state_dict, "state": found}
 
 
+def _decay(group: dict[str, Any], live: state.GroupState, x: Tensor, lr: Number) -> Tensor:
+    """lr * weight_decay * S x, what weight decay subtracts: in proportion to the steps that are taken, as AdamW's."""
+    if live.scale is None:
+        return x * (lr * group["weight_decay"])
+    decay = x.clone()
+    factors = (live.scale.factors() * (lr * group["weight_decay"])).clamp_(max=1)  # to zero, not beyond
+    torch._foreach_mul_(live.flat.views(decay), factors.tolist() if x.device.type == "cpu" else list(factors.unbind()))
+    return decay
+
+
 def _judge_all(groups: list[dict[str, Any]], states: list[state.GroupState]) -> list[tuple[Number, Number]]:
     """`judge` for each group. One unsound group makes those on its device unsound too: a step is taken whole or not.
 
     Groups that are sharded differently do not: what ranks have in common must not hang on what only one of them sees.
     """
     verdicts = [
-        judge(energy(live.gradient), live.lr.get() / (1 - group["trace"]), live.flat.dtype, state.uses_moments(group))
+        judge(live.measure(group), live.lr.get() / (1 - group["trace"]), live.flat.dtype, state.uses_moments(group))
         for group, live in zip(groups, states, strict=True)
     ]
     together: dict[Place, Number] = {}

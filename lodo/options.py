@@ -23,8 +23,8 @@ RECOMMENDED: Mapping[str, Any] = {  # a plain dict, which configurations can cop
     "scale_lr": 0.03,
     "decays": (0.0, 0.9, 0.99, 0.999),
 }
-"""What wants no tuning: `lodo.LODO(params, **lodo.RECOMMENDED)`. Chosen by figures, which docs/experiments.md has; what
-`lodo.LODO` does without options is the paper's method."""
+"""The options of `lodo.AutoLODO`, which wants no tuning, where they are not those of `lodo.LODO`, the paper's method.
+Chosen by figures, which docs/experiments.md has."""
 
 NETWORK = ("preconditioner", "depth", "block_size", "expansion", "permutation")
 """What a group's network is made by. It must stay once there is one."""
@@ -75,6 +75,36 @@ ADDED: dict[str, Any] = {
     "mix_lr": 0.01,
 }
 """What optimizers that were pickled before there were these options have done."""
+
+
+HINTS = ("foreach", "fused", "differentiable", "amsgrad")
+"""Arguments of torch's optimizers that may be given if they ask for nothing (None, False)."""
+
+INSTEAD = {
+    "betas": "the decay of the momentum is `beta`, those of a learned mixture `decays`",
+    "momentum": "the decay of the momentum is `beta`, those of a learned mixture `decays`",
+    "eps": "it needs none: coordinates without a gradient take no step",
+    "foreach": "it always works on all parameters at once",
+    "fused": "its kernels are chosen by themselves",
+    "differentiable": "its steps cannot be differentiated",
+    "amsgrad": "it has no such variant",
+    **dict.fromkeys((*NETWORK, "meta_optimizer", "seed"), "it is for the networks of lodo.LODO"),
+}
+"""What to say of arguments that an optimizer does not have."""
+
+
+def refuse_others(name: str, others: Mapping[str, Any]) -> None:
+    """Refuses arguments that the optimizer of this name does not have, unless they are HINTS that ask for nothing.
+
+    Raises:
+        TypeError: naming the argument and its value, and what there is instead.
+    """
+    for argument, value in others.items():
+        if argument in HINTS and (value is None or value is False):
+            continue
+        allowed = "; None and False are allowed" if argument in HINTS else ""
+        instead = f": {INSTEAD[argument]}" if argument in INSTEAD else ""
+        raise TypeError(f"{name} has no argument {argument!r}, got {value!r}{instead}{allowed}")
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from lodo.sharding import Sharding, check_saved_like, local, rank_of_fsdp1
 from lodo.state import (
     COUNT_KEYS,
     EXTRA_KEYS,
+    FLAGS,
     FORMAT,
     MOMENT_KEYS,
     SHARDED_FORMAT,
@@ -278,7 +279,8 @@ def _check_group(where: str, entries: list[dict[str, Any]], group: dict[str, Any
     expected = shapes(size, group)
     for name in EXTRA_KEYS:
         if name in first:
-            check_tensor(f"{where}: {name}", first[name], expected.get(name, ()), COMPUTED)
+            dtypes = (torch.uint8,) if name in FLAGS else COMPUTED
+            check_tensor(f"{where}: {name}", first[name], expected.get(name, ()), dtypes)
     for name in ("meta_step", "last_lr"):
         check_tensor(f"{where}: {name}", first[name], (), COMPUTED)
     check_tensor(f"{where}: skipped", first["skipped"], (), (torch.int64,))
@@ -332,12 +334,15 @@ def _check_values(
     for name in ("theta", *MOMENT_KEYS, "last_lr", *EXTRA_KEYS):
         if name in kept:
             check_numbers(f"{where}: {name}", kept[name], 0 if name.endswith("_sq") else -math.inf)
-    for name in ("meta_step", "skipped", "steps"):
+    for name in ("meta_step", "skipped", "steps", "reset_at"):
         if name in kept:
             check_numbers(f"{where}: {name}", kept[name], 0, whole=True)
     for name in ("scale", "mixture"):
         if name in kept:
             check_numbers(f"{where}: the second moments in {name}", kept[name][-1], 0)
+    for name in ("unit", "scale_levels"):
+        if name in kept:
+            check_numbers(f"{where}: {name}", kept[name].flatten()[:2], 0)
     if missing := [name for name in extras_of(saved_options) if name not in kept]:
         raise ValueError(
             f"{where}: {', '.join(missing)} missing in the saved state, which its base, trace, scale_lr or decays need"

@@ -2,16 +2,19 @@
 
 s_j is judged by all the steps that lately were taken, not by the last one alone: with the trace of the moves,
 
-    E <- scale_trace E + (what the last step subtracted from the parameters)
+    E <- scale_trace E + (what the last step subtracted from the parameters, weight decay included)
     h_j = -<g_j, E_j>,    s_j <- s_j - min(scale_lr, DRIFT / t) * Adam's normalised h_j
 
-(`lodo.meta.descend_`). h_j is the derivative with respect to s_j of the loss where the steps have led, each counted by
-its age, if G mixes no tensors; if it does, the effect of a tensor's gradient on the others' steps counts for them. A
-scale learned from the last step alone would fall too early under noise (short-horizon bias).
+(`lodo.meta.descend_`), and 1e-8 <= S <= 1e8 whatever is learned. h_j is the derivative with respect to s_j of the loss
+where the steps have led, each counted by its age, if G mixes no tensors; if it does, the effect of a tensor's gradient
+on the others' steps counts for them. A scale learned from the last step alone would fall too early under noise
+(short-horizon bias). Moves that somebody takes back, as a projection does, are taken out of E.
 
 Scales come to fall by orders of magnitude, and the hypergradients of all else on their tensors with them: against the
 second moment that an inner Adam remembers they would vanish. So network and mixture learn from S^-1 g in place of g.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -19,25 +22,68 @@ from torch import Tensor
 from lodo import kernels, meta
 from lodo.scalars import Number, add_decayed_, is_tensor
 
-LARGEST_LOG = 64.0  # of a factor S^power: float32 has no S^-1 for the smallest S, and infinity times zero is no number
+LARGEST_LOG = math.log(1e8)  # of S: nothing that judges it may drive it beyond
 
 
 class Scale:
     """The scales of one param group.
 
     Args:
-        table: (3, k) for k tensors; advanced in place, as `moves` is.
+        table: (3, k) for k tensors; advanced in place, as `moves` and `levels` are.
         moves: the trace E, shape (n,).
         lengths: numbers of elements of the tensors.
+        levels: (2 + k,): the last lr, the highest one so far, and what s was when lr last left that.
     """
 
-    def __init__(self, table: Tensor, moves: Tensor, lengths: list[int]) -> None:
+    def __init__(self, table: Tensor, moves: Tensor, lengths: list[int], levels: Tensor | None = None) -> None:
         self.table, self.moves, self._lengths = table, moves, lengths
+        self.levels = table.new_zeros(2 + len(lengths)) if levels is None else levels
         self._parts = moves.split(lengths)
         self._offsets = kernels.offsets(lengths)
         self._is_native = kernels.native.available(moves)
 
-    def learn_(self, g: Tensor, scale_lr: float, steps: Number, active: Number) -> None:
+    def follow_(self, lr: Number) -> None:
+        """Takes back what s has made up for while lr was small, when it rises.
+
+        A rise of lr is a rise of the step that lr stands for, not of what the scale has made of it: S lr does not rise
+        on tensors whose s is above what it was when lr was last at its highest, nor, where lr becomes higher than it
+        ever was, while S > 1; until s has fallen to that. From there on it rises as lr does.
+        """
+        s, anchor = self.table[0], self.levels[2:]
+        if not is_tensor(lr):
+            last, top = self.levels[:2].tolist()
+            if lr < last and last >= top:
+                anchor.copy_(s)
+            if lr > last:
+                if last < top:
+                    s.sub_((s - anchor).clamp_(0, _log_ratio(min(lr, top), last)))
+                if lr > top:
+                    s.sub_(s.clamp(0, _log_ratio(lr, max(last, top))))
+            if lr != last:
+                self.levels[0], self.levels[1] = lr, max(lr, top)
+            return
+        last, top = self.levels[0], self.levels[1]
+        anchor.copy_(torch.where((lr < last) & (last >= top), s, anchor))
+        below = (torch.minimum(lr, top) / last).log().nan_to_num_(0.0, posinf=math.inf).clamp_(min=0)
+        s.sub_(torch.minimum((s - anchor).clamp_(min=0), below))
+        above = (lr / torch.maximum(last, top)).log().nan_to_num_(0.0, posinf=math.inf).clamp_(min=0)
+        s.sub_(torch.minimum(s.clamp(min=0), above))
+        self.levels[:2] = torch.stack((lr.to(top.dtype), torch.maximum(lr.to(top.dtype), top)))
+
+    def correct_(self, change: Tensor, step: Tensor, least: Tensor) -> None:
+        """Takes out of the trace the moves that somebody has undone.
+
+        Args:
+            change: what was added to the parameters since the last step, shape (n,).
+            step: what that had subtracted, shape (n,).
+            least: difference that is no more than rounding, shape (n,).
+        """
+        self.moves.mul_(kept_share(self.moves, change))
+        # Where a bound holds a parameter, it would be there whatever the moves before.
+        is_held = (change != 0) & ((change - step).abs_() <= least.add(step.abs(), alpha=0.01))
+        self.moves.masked_fill_(is_held, 0)
+
+    def learn_(self, g: Tensor, scale_lr: float, steps: Number, active: Number, age: Number | None = None) -> None:
         """Moves the scales along the hypergradient.
 
         Args:
@@ -45,14 +91,15 @@ class Scale:
             scale_lr: the rate, before DRIFT bounds it.
             steps: taken, the one that is being made included.
             active: whether to.
+            age: of these steps, those since learning began anew; None for all.
         """
-        by = meta.descent(scale_lr, steps, active)
+        by = meta.descent(scale_lr, steps, active, age)
         if self._is_native:
-            kernels.native.scale_learn_(self.table, self.moves, g, self._offsets, by)
+            kernels.native.scale_learn_(self.table, self.moves, g, self._offsets, by, LARGEST_LOG)
             return
         pairs = zip(g.split(self._lengths), self._parts, strict=True)
         h = torch.stack([torch.dot(part, move) for part, move in pairs]).neg_()
-        meta.descend_(self.table, h, by)
+        meta.descend_(self.table, h, by, LARGEST_LOG)
 
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""
@@ -60,9 +107,32 @@ class Scale:
         add_decayed_(self.moves, step, 1 - active * (1 - trace))
 
     def times(self, vector: Tensor, power: float) -> Tensor:
-        """S^power, within exp(+-LARGEST_LOG), times a vector of shape (n,)."""
+        """S^power times a vector of shape (n,)."""
         product = vector.clone()
-        factors = (power * self.table[0]).clamp_(-LARGEST_LOG, LARGEST_LOG).exp_().to(vector.dtype)
+        factors = self.factors(power).to(vector.dtype)
         parts = list(product.split(self._lengths))
         torch._foreach_mul_(parts, factors.tolist() if vector.device.type == "cpu" else list(factors.unbind()))
         return product
+
+    def factors(self, power: float = 1.0) -> Tensor:
+        """S^power, shape (k,)."""
+        return (power * self.table[0]).clamp_(-LARGEST_LOG, LARGEST_LOG).exp_()
+
+
+def kept_share(move: Tensor, change: Tensor) -> Tensor:
+    """How much is left of moves, between 0 and 1, elementwise.
+
+    Args:
+        move: what was subtracted from the parameters.
+        change: what somebody else has added to them since.
+
+    Returns:
+        1 where nothing was added, 0 where as much as the move or more, be it back or on: there the parameters are what
+        they are because of somebody else.
+    """
+    share = 1 - (change / move).abs_()
+    return torch.where(change == 0, 1.0, share.nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0))
+
+
+def _log_ratio(lr: float, before: float) -> float:
+    return math.log(lr / before) if before > 0 and lr / before < math.inf else math.inf

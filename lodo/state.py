@@ -5,10 +5,12 @@ others is lost when torch.distributed.checkpoint loads it), for the whole group:
 "permutations" (int32) of the preconditioner; "theta_exp_avg", "theta_exp_avg_sq" and "meta_step" of the inner Adam;
 "last_lr" (as `max_step_norm` left it); "trace" (n,) of the momentum; "base_exp_avg_sq" (n,) and "base_factors" of the
 base preconditioner; "scale" (3, number of tensors) and "moves" (n,) of the scales per tensor; "momenta" (number of
-decays, n) and "mixture" (3, number of decays, number of tensors) of the learned momentum; "steps" taken and "skipped"
-(left out for bad gradients); "format" of this layout. Network and momentum are float32, or float64 for groups with
-float64 parameters; the moments of the inner Adam and the momentum may be bfloat16 instead. Momentum, trace and momenta
-are in the coordinates of the base, if that has its own.
+decays, n) and "mixture" (3, number of decays, number of tensors) of the learned momentum; "scale_levels" of lr (see
+`lodo.scale`); "base_seen" (n,), uint8, the elements that have had a gradient; with any of these "written" (n,), the
+parameters as the last step left them, "unit" of the gradients (see `lodo.bases`) and "reset_at", the step after which
+learning began anew; "steps" taken and "skipped" (left out for bad gradients); "format" of this layout. Network and
+momentum are float32, or float64 for groups with float64 parameters; the moments of the inner Adam and the momentum may
+be bfloat16 instead. Momentum, trace and momenta are in the coordinates of the base, if that has its own.
 
 On several ranks: the momentum of a parameter that is a DTensor is a DTensor like it, and is resharded with it by
 torch.distributed.checkpoint. If the parameters are sharded, each shard has its own network, and all that is kept for
@@ -18,7 +20,7 @@ as one) is loaded without its networks, which start anew. FSDP1's parameters do 
 "fsdp1_rank" holds the rank and the number of ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,14 +28,15 @@ import torch
 from torch import Tensor
 
 from lodo import kernels, meta
-from lodo.bases import BASES
+from lodo.bases import BASES, AdamBase, next_unit
+from lodo.composite import Composite
 from lodo.flat import FlatParameters
 from lodo.fused import put_together
 from lodo.mixture import Mixture
 from lodo.options import NETWORK
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import kept_dtype
-from lodo.scalars import Cell, Number, is_tensor
+from lodo.scalars import Cell, Number, choose, energy, is_tensor
 from lodo.scale import Scale
 from lodo.sharding import Sharding, local, rank_of_fsdp1, shown_as
 
@@ -41,10 +44,12 @@ FORMAT = 2  # 1 had no "steps", and no other moments than those of theta's dtype
 SHARDED_FORMAT = 3
 MOMENT_KEYS = ("theta_exp_avg", "theta_exp_avg_sq")
 COUNT_KEYS = ("meta_step", "last_lr", "skipped", "steps")
-SCALE_KEYS = ("scale", "moves")
+SCALE_KEYS = ("scale", "moves", "scale_levels")
 MIXTURE_KEYS = ("momenta", "mixture")
-TABLES = ("scale", "mixture")
-EXTRA_KEYS = ("trace", "base_exp_avg_sq", "base_factors", *SCALE_KEYS, *MIXTURE_KEYS)
+RECORD_KEYS = ("written", "unit", "reset_at")
+TABLES = ("scale", "scale_levels", "mixture", "unit", "reset_at")
+FLAGS = ("base_seen",)
+EXTRA_KEYS = ("trace", "base_exp_avg_sq", "base_factors", *FLAGS, *SCALE_KEYS, *MIXTURE_KEYS, *RECORD_KEYS)
 OTHER_GROUPS = """the state of a param group is that of other groups, whose networks act on other parameters; \
 ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
 
@@ -74,6 +79,9 @@ class GroupState:
     scale: Scale | None = field(init=False, default=None)
     mixture: Mixture | None = field(init=False, default=None)
     lr: Cell = field(init=False)
+    x: Tensor | None = field(init=False, default=None)  # the parameters, where what became of the last step counts
+    sizes: Sequence[Number] = field(init=False, default=())  # sums of squares of each tensor's gradient
+    next_unit: Number = field(init=False, default=1.0)
     network_options: dict[str, Any] = field(init=False, default_factory=dict)  # of the group, that the network is of
     has_stepped: bool = field(init=False, default=False)  # so that all that kernels prepare is there
     # What stands in `optimizer.state`: the tensors for the whole group, and each parameter's momentum.
@@ -93,14 +101,50 @@ class GroupState:
         self._skips_before = self._mailbox.numpy().tolist()
         first = self.momentum.data_ptr()
         self._offsets = [part.data_ptr() - first for part in self.momentum_parts]
+        self._cuts = kernels.offsets(self.flat.lengths)
 
-    def has_new_skips(self) -> bool:
-        """Whether steps were skipped since this state was made.
+    def measure(self, group: dict[str, Any]) -> Number:
+        """The sum of squares of the gradient, in the unit that it calls for, which is `next_unit` then."""
+        if "unit" not in self.extras:
+            return energy(self.gradient)
+        self.sizes = kernels.energies(self.gradient, self.flat.lengths, self._cuts)
+        total = sum(self.sizes)
+        if group["base"] is None:
+            return total
+        self.next_unit = next_unit(Cell(self.extras["unit"]).get(), total**0.5)
+        return total / choose(self.next_unit > 0, self.next_unit, 1.0) ** 2
+
+    def idle(self, group: dict[str, Any], active: Number) -> Sequence[Number] | None:
+        """For `lodo.mixture`: whether the gradient of each parameter is zero, if that of one is that has one."""
+        if self.mixture is None:
+            return None
+        pairs = zip(self.sizes, group["params"], strict=True)
+        flags = [(size == 0) & active if p.grad is not None else False for size, p in pairs]
+        return flags if any(is_tensor(flag) or flag for flag in flags) else None
+
+    def change_unit_(self, active: Number) -> None:
+        """Brings the gradient, and what is kept of earlier ones, into the unit that `measure` has found."""
+        cell = Cell(self.extras["unit"])
+        before, unit = cell.get(), self.next_unit
+        if is_tensor(unit):
+            unit = torch.where(active, unit, before)
+            cell.set(unit)
+            self.gradient.div_(choose(unit > 0, unit, 1.0))
+            return
+        if unit != before:
+            if before > 0:
+                self.rescale_(unit)
+            cell.set(unit)
+        if unit > 0 and unit != 1:
+            self.gradient.mul_(1 / unit)
+
+    def new_skips(self) -> int:
+        """How many steps were skipped since this state was made.
 
         On CUDA the count comes in by itself, some steps late: the host reads what has arrived and never waits.
         """
         self._mailbox.copy_(self.skipped.tensor, non_blocking=True)
-        return bool(self._mailbox.numpy() > self._skips_before)
+        return int(self._mailbox.numpy()) - int(self._skips_before)
 
     def count(self) -> Number:
         """The steps taken, to compute with: a tensor is not of integers, whose powers would be of float32."""
@@ -130,14 +174,17 @@ class GroupState:
             return
         wanted, wide = shapes(self.flat.size, group), _wide(self.flat.device)
         for name in missing:
-            dtype = wide if name in TABLES else self.flat.dtype
+            dtype = torch.uint8 if name in FLAGS else wide if name in TABLES else self.flat.dtype
             self.extras[name] = torch.zeros(wanted[name], dtype=dtype, device=self.flat.device)
         if "trace" in missing:
             self.extras["trace"].copy_(self.momentum)
         if "base_exp_avg_sq" in missing:
-            BASES[group["base"]](self.flat.shapes, self.extras).start_()
+            self._base(group).start_()
         if "mixture" in missing:
             self._mixture(group).start_(group["beta"])
+
+    def _base(self, group: dict[str, Any]) -> AdamBase:
+        return BASES[group["base"]](self.flat.shapes, self.extras, self.flat.dtypes)
 
     def _mixture(self, group: dict[str, Any]) -> Mixture:
         return Mixture(self.extras["momenta"], self.extras["mixture"], group["decays"], self.flat.lengths)
@@ -147,14 +194,47 @@ class GroupState:
         self.network_options = {name: group[name] for name in NETWORK}
         self._places = {name: tensor.data_ptr() for name, tensor in self.extras.items()}
         table = self.extras.get("scale")
-        self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths)
+        levels = self.extras.get("scale_levels")
+        self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths, levels)
         self.mixture = None if group["decays"] is None else self._mixture(group)
+        self.x = self.flat.new_vector() if "written" in self.extras else None
         self.operator = self.preconditioner
         if group["base"] is not None or self.scale is not None:
-            kind = None if group["base"] is None else BASES[group["base"]]
-            base = None if kind is None else kind(self.flat.shapes, self.extras)
+            base = None if group["base"] is None else self._base(group)
             self.operator = put_together(self.preconditioner, base, self.scale, self.count(), self.flat.lengths)
         self._versions = self._present_versions()
+
+    @property
+    def unit(self) -> Number:
+        """What gradients, and all that is kept of them, are divided by (see `lodo.bases`)."""
+        return self.operator.unit if isinstance(self.operator, Composite) else 1.0
+
+    def age(self) -> Number | None:
+        """The steps taken since learning began anew, to compute with; None where nothing beyond the paper learns."""
+        return self.count() - Cell(self.extras["reset_at"]).get() if "reset_at" in self.extras else None
+
+    def reset_(self) -> None:
+        """Lets learning begin anew, from what is known."""
+        if "reset_at" in self.extras:
+            Cell(self.extras["reset_at"]).set(self.count())
+
+    def rescale_(self, unit: float) -> None:
+        """Makes this the unit of gradients. A power of two, so that no bit of what is kept is lost."""
+        factor = self.unit / unit
+        kept = [self.momentum, *(self.extras[name] for name in ("trace", "momenta") if name in self.extras)]
+        pairs = [] if self.moments is None else [self.moments]
+        if self.scale is not None:
+            pairs.append((self.scale.table[1], self.scale.table[2]))
+        for tensor in (*kept, *(mean for mean, _ in pairs)):
+            tensor.mul_(factor)
+        for _, square in pairs:
+            square.mul_(factor * factor)
+        if self.mixture is not None:  # of products of two
+            self.mixture.table[1].mul_(factor**2)
+            self.mixture.table[2].mul_(factor**4)
+        if isinstance(self.operator, Composite) and self.operator.base is not None:
+            self.operator.base.rescale_(factor)
+        Cell(self.extras["unit"]).set(unit)
 
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""
@@ -259,6 +339,10 @@ def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "trace": (size,),
         "scale": (meta.ROWS, len(group["params"])),
         "moves": (size,),
+        "scale_levels": (2 + len(group["params"]),),
+        "written": (size,),
+        "unit": (),
+        "reset_at": (),
         **mixture_shapes(size, group),
         **base_shapes(size, group),
     }
@@ -313,7 +397,8 @@ def extras_of(group: dict[str, Any]) -> tuple[str, ...]:
     trace = ("trace",) if group["trace"] > 0 else ()
     base = () if group["base"] is None else BASES[group["base"]].names
     mixture = () if group["decays"] is None else MIXTURE_KEYS
-    return (*trace, *base, *(SCALE_KEYS if group["scale_lr"] > 0 else ()), *mixture)
+    learned = (*base, *(SCALE_KEYS if group["scale_lr"] > 0 else ()), *mixture)
+    return (*trace, *learned, *(RECORD_KEYS if learned else ()))
 
 
 def uses_moments(group: dict[str, Any]) -> bool:
@@ -439,7 +524,7 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
         entry["steps"] = torch.zeros_like(entry["skipped"])
     cells = [Cell(here(name)) for name in COUNT_KEYS]
     # The kernels take the tables for float64, whatever device the state comes from.
-    dtypes = dict.fromkeys(TABLES, _wide(flat.device))
+    dtypes = {**dict.fromkeys(TABLES, _wide(flat.device)), **dict.fromkeys(FLAGS, torch.uint8)}
     extras = {name: here(name, dtypes.get(name, flat.dtype)) for name in EXTRA_KEYS if name in entry}
     return GroupState(flat, preconditioner, moments, momentum, parts, extras, *cells)
 

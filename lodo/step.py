@@ -23,6 +23,7 @@ Parts that go beyond the paper and can be left out:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +55,9 @@ def lodo_step(
     mixture: Mixture | None = None,
     mix_lr: float = 0.0,
     steps: Number = 0,
+    age: Number | None = None,
+    share: Tensor | None = None,
+    idle: Sequence[Number] | None = None,
 ) -> Tensor:
     """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
 
@@ -77,34 +81,41 @@ def lodo_step(
         mixture: of momenta, in place of the single one; it advances, and `m` becomes the mixture.
         mix_lr: as for `lodo.LODO`.
         steps: taken, this one included; what the base preconditioner counts by.
+        age: of these, the steps since learning began anew; None for all.
+        share: how much is left of the last step, between 0 and 1, shape (n,); None if all of it is. What somebody has
+            taken back judges nothing.
+        idle: whether the gradient of each tensor is zero; None if that of none is.
     """
     if is_tensor(active):
         g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
         active, learning = active.to(m.dtype), learning.to(m.dtype)
     elif not active:
         return torch.zeros_like(m)
-    rotated = preconditioner.rotate(g)
+    rotated = preconditioner.rotate(g if share is None else g * share)
     judged = m if e is None else e
     is_learning = meta_lr > 0 and (is_tensor(learning) or learning)
-    rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype, preconditioner.drift) if is_learning else None
+    rates = None
+    if is_learning:
+        rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype, preconditioner.drift, age)
     if isinstance(preconditioner, Fused):
-        preconditioner.judge_(rotated, judged, last_lr, moments, rates, mixture, mix_lr, steps)
+        preconditioner.judge_(rotated, judged, last_lr, moments, rates, mixture, mix_lr, steps, age)
     else:
         if mixture is not None:
-            mixture.learn_(preconditioner.reply(rotated), mix_lr, steps, active * (last_lr > 0))
+            mixture.learn_(preconditioner.reply(rotated), mix_lr, steps, active * (last_lr > 0), age)
         if rates is not None:
             preconditioner.learn_(rotated, judged, last_lr, moments, rates)
     if rates is not None and max_condition is not None and learning:
         preconditioner.bound_condition_(max_condition)
     kept = [*([] if e is None else [e]), m if mixture is None else mixture.momenta]
-    rotated = preconditioner.observe_(g, rotated, kept, active, steps)
+    rotated = preconditioner.observe_(g, rotated if share is None else None, kept, active, steps, age)
     if isinstance(preconditioner, Fused):
-        step = preconditioner.advance_(rotated, m, e, mixture, steps, lr=lr, beta=beta, trace=trace)
-        return preconditioner.rotate_back(step)
+        numbers = {"lr": lr, "beta": beta, "trace": trace, "age": age, "idle": idle}
+        return preconditioner.rotate_back(preconditioner.advance_(rotated, m, e, mixture, steps, **numbers))
     if mixture is None:
         m.lerp_(rotated, active * (1 - beta))
     else:
-        mixture.mix_(m, rotated, steps, active)
+        mixture.mix_(m, rotated, steps, active, idle)
+    preconditioner.settle_(m, 1 if mixture is not None else 1 - beta ** (steps + (steps < 1)), steps)
     if e is not None:
         add_decayed_(e, m * active if is_tensor(active) else m, 1 - active * (1 - trace))
     step = preconditioner.rotate_back(preconditioner.apply(m).mul_(lr))

@@ -308,8 +308,8 @@ def environment(place: Place, task: Task) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results in a JSON lines file, in order; one called .gz is unpacked. A last line cut off by a kill is left out,
-    with a note on stderr.
+    """The results in a JSON lines file, in order; one called .gz is unpacked. A last line cut off by a kill is left
+    out, with a note on stderr.
 
     Raises:
         ValueError: a line that is not the last is no result, or the format is another one.

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lodo import scalars
 from lodo.kernels import gpu, native, reference
 
 
@@ -38,6 +39,18 @@ def for_vectors(theta: Tensor) -> ModuleType:
 def for_rounding(values: Tensor) -> ModuleType:
     """The kernels for rounding a vector."""
     return native if native.available(values) else for_vectors(values)
+
+
+def energies(vector: Tensor, lengths: Sequence[int], at: Tensor) -> Sequence[scalars.Number]:
+    """The sums of squares of the parts of a vector that have these lengths and begin `at` these offsets, with no
+    overflow in between."""
+    if native.available(vector):
+        return native.energies(vector, at)
+    wide = torch.float32 if vector.device.type == "mps" else torch.float64
+    if not lengths:
+        return []
+    found = torch.stack(torch._foreach_norm(list(vector.split(lengths)), dtype=wide)).square()
+    return found.tolist() if scalars.is_readable(found) else found.unbind()
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:

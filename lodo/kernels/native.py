@@ -77,9 +77,10 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("learn", [pointer] * 7 + [size] * 4 + [integer] * 2 + [number] * 7),
             ("round", [pointer] * 2 + [size] * 2 + [integer]),
             # Pointers; decays and tensors, or tensors; threads; numbers.
-            ("judge", [pointer] * 11 + [size] * 2 + [integer] + [number] * 14),
-            ("advance", [pointer] * 11 + [size] * 2 + [integer] + [number] * 8),
-            ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 6),
+            ("judge", [pointer] * 11 + [size] * 2 + [integer] + [number] * 16),
+            ("advance", [pointer] * 13 + [size] * 2 + [integer] + [number] * 12),
+            ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 7),
+            ("energies", [pointer] * 3 + [size] + [integer]),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
             function.argtypes = types
@@ -188,11 +189,15 @@ def judge_(
     steps: float,
     by: meta.Descent,
     rates: meta.Rates | None,
+    bound: float,
+    network_bound: float,
 ) -> None:
     """`lodo.fused.Fused.judge_`, with its tensors in the order of `judge` in parts.cpp; `steps` that the momenta were
-    made of."""
+    made of; bounds of the mixture's table and of the network's logarithms."""
     inner = (0.0,) * 4 if rates is None else rates[:-1]
-    _call_parts("judge", tensors, _sizes(tensors), largest, lr, steps, *by, meta.TINY, *inner, meta.EPS)
+    tiny = meta.tiny(torch.float64)
+    numbers = (largest, lr, steps, *by, tiny, bound, *inner, meta.EPS, network_bound)
+    _call_parts("judge", tensors, _sizes(tensors), *numbers)
 
 
 def advance_(
@@ -202,18 +207,30 @@ def advance_(
     weight: float,
     bias: float,
     eps: float,
+    unit: float,
+    longest: float,
+    coast: float,
     lr: float = 0.0,
     beta: float = 0.0,
     trace: float = 0.0,
+    momentum_bias: float = 1.0,
 ) -> None:
     """`lodo.fused.Fused.advance_`, with its tensors in the order of `advance` in parts.cpp; without a gradient among
     them the gains alone are brought up to date."""
-    _call_parts("advance", tensors, _sizes(tensors), largest, steps, weight, bias, eps, lr, beta, trace)
+    numbers = (largest, steps, weight, bias, eps, unit, longest, coast, lr, beta, trace, momentum_bias)
+    _call_parts("advance", tensors, _sizes(tensors), *numbers)
 
 
-def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: meta.Descent) -> None:
+def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: meta.Descent, bound: float) -> None:
     """`lodo.scale.Scale.learn_`."""
-    _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.TINY)
+    _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.tiny(table.dtype), bound)
+
+
+def energies(vector: Tensor, offsets: Tensor) -> list[float]:
+    """The sum of squares of each tensor's part of a vector, with no overflow in between."""
+    sums = torch.empty(offsets.numel() - 1, dtype=torch.float64)
+    _call_parts("energies", (vector, sums, offsets), sums.shape)
+    return sums.tolist()
 
 
 def _sizes(tensors: Sequence[Tensor | None]) -> tuple[int, int]:

@@ -50,7 +50,7 @@ struct Cut {
 
 // The numbers of a step of `lodo.meta.descend_`.
 struct Descent {
-  double rate, forget1, forget2, bias1, bias2, tiny;
+  double rate, forget1, forget2, bias1, bias2, tiny, bound;
 };
 
 void descend(double *table, int64_t count, const double *slopes, const Descent &by) {
@@ -61,10 +61,11 @@ void descend(double *table, int64_t count, const double *slopes, const Descent &
     mean[i] += by.forget1 * (h - mean[i]);
     square[i] += by.forget2 * (h * h - square[i]);
     u[i] -= by.rate * (mean[i] / by.bias1) / (std::sqrt(square[i] / by.bias2) + by.tiny);
+    u[i] = std::clamp(u[i], -by.bound, by.bound);
   }
 }
 
-template <typename T> double dot(const T *__restrict a, const T *__restrict b, int64_t count) {
+template <typename T> double dot(const T *a, const T *b, int64_t count) {
   double total = 0;
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t end = std::min(first + kBlock, count);
@@ -74,6 +75,15 @@ template <typename T> double dot(const T *__restrict a, const T *__restrict b, i
     total += double(sum);
   }
   return total;
+}
+
+// The sum of squares: in doubles where those of type T may overflow or vanish.
+template <typename T> double energy(const T *a, int64_t count) {
+  const double total = dot(a, a, count);
+  if (std::isfinite(total) && total > 1e-30) return total;
+  double wide = 0;
+  for (int64_t i = 0; i < count; ++i) wide += double(a[i]) * double(a[i]);
+  return wide;
 }
 
 // The softmax over the decays of the first (decays, tensors) of a table, as torch computes it.
@@ -103,10 +113,10 @@ template <typename T> struct Mixture {
   int64_t decays;
 };
 
-// The inner optimizer of the network's n logarithms; SGD without moments.
+// The inner optimizer of the network's n logarithms, which stay within +-bound; SGD without moments.
 template <typename T> struct Inner {
   T *theta, *mean, *square;
-  T step_size, forget1, keep2, forget2, eps;
+  T step_size, forget1, keep2, forget2, eps, bound;
 };
 
 // By value, here as below: what a store through a T * might change is read again for every number.
@@ -114,7 +124,8 @@ template <typename T> void learn(Inner<T> by, int64_t first, int64_t count, cons
   T *__restrict w = by.theta + first;
   if (by.mean == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) w[i] -= by.step_size * slopes[i];
+    for (int64_t i = 0; i < count; ++i)
+      w[i] = std::clamp(w[i] - by.step_size * slopes[i], -by.bound, by.bound);
     return;
   }
   T *__restrict m = by.mean + first;
@@ -123,7 +134,7 @@ template <typename T> void learn(Inner<T> by, int64_t first, int64_t count, cons
   for (int64_t i = 0; i < count; ++i) {
     m[i] += by.forget1 * (slopes[i] - m[i]);
     v[i] = by.keep2 * v[i] + by.forget2 * slopes[i] * slopes[i];
-    w[i] -= by.step_size * m[i] / (std::sqrt(v[i]) + by.eps);
+    w[i] = std::clamp(w[i] - by.step_size * m[i] / (std::sqrt(v[i]) + by.eps), -by.bound, by.bound);
   }
 }
 
@@ -181,27 +192,45 @@ void judge(const T *g, const T *gains, const T *judged, const double *scale, con
   learn_mixture(mixture, products, group.tensors, steps, by);
 }
 
-// Adam's second moment and its numbers; no moment without a base.
+// Adam's second moment v and its numbers; no moment without a base. `share` has one number for each tensor: where v is
+// at most that share of its sum over the tensor it is rounding, and there is no gain.
 template <typename T> struct Base {
   T *square;
   T weight, inverse_bias, eps;
+  double inverse_unit, longest, momentum_bias;
+  const double *share;
 };
 
-// Multiplies S D into the gains, once v has taken in g unless that is null.
+// v <- v + weight * (g^2 - v), unless g is null; returns the sum.
+template <typename T> double take_in_square(T *__restrict v, const T *__restrict g, T weight, int64_t count) {
+  double total = 0;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t end = std::min(first + kBlock, count);
+    T sum = 0;
+    if (g != nullptr) {
+#pragma omp simd
+      for (int64_t i = first; i < end; ++i) v[i] += weight * (g[i] * g[i] - v[i]);
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = first; i < end; ++i) sum += v[i];
+    total += double(sum);
+  }
+  return total;
+}
+
+// Multiplies S D into the gains.
 template <typename T>
-void complete(T *__restrict gains, const T *g, Base<T> base, T scale, int64_t first, int64_t count) {
+void complete(T *__restrict gains, Base<T> base, T scale, T floor, int64_t first, int64_t count) {
   if (base.square == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) gains[i] *= scale;
     return;
   }
-  T *__restrict v = base.square + first;
-  if (g != nullptr) {
+  const T *__restrict v = base.square + first;
+  scale *= T(base.inverse_unit);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) v[i] += base.weight * (g[i] * g[i] - v[i]);
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) gains[i] *= scale / (std::sqrt(v[i] * base.inverse_bias) + base.eps);
+  for (int64_t i = 0; i < count; ++i)
+    gains[i] *= v[i] > floor ? scale / (std::sqrt(v[i] * base.inverse_bias) + base.eps) : T(0);
 }
 
 // momentum <- lerp(momentum, g, 1 - decay), by the one of two formulas that torch takes for it.
@@ -248,19 +277,52 @@ template <typename T> std::vector<double> corrected(const Mixture<T> &mixture, i
   return w;
 }
 
+// Sums over each tensor of what its chunks have.
+std::vector<double> by_tensor(const Cut &cut, const std::vector<double> &parts, int64_t tensors) {
+  std::vector<double> sums(tensors);
+  for (size_t i = 0; i < parts.size(); ++i) sums[cut.chunks[i].tensor] += parts[i];
+  return sums;
+}
+
+// `lodo.bases.AdamBase.settle_`: raises v on tensors whose momentum has outgrown it; `squares` are the sums of v.
+template <typename T>
+void settle(const Base<T> &base, const Cut &cut, const std::vector<double> &momenta, std::vector<double> &squares) {
+  std::vector<double> factors(squares.size(), 1.0);
+  bool is_any = false;
+  for (size_t j = 0; j < squares.size(); ++j) {
+    const double bias = base.momentum_bias, most = base.longest * base.longest * squares[j] * base.inverse_bias;
+    const double factor = momenta[j] / (bias * bias) / most;
+    if (factor > 1 && std::isfinite(factor)) factors[j] = factor, is_any = true;
+  }
+  if (!is_any) return;
+  std::vector<double> parts(cut.chunks.size());
+  cut.each([&](int64_t i, const Chunk &at) {
+    const T factor = T(factors[at.tensor]);
+    T *__restrict v = base.square + at.first;
+    const int64_t count = at.end - at.first;
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) v[k] *= factor;
+    parts[i] = take_in_square<T>(v, nullptr, T(0), count);
+  });
+  squares = by_tensor(cut, parts, int64_t(squares.size()));
+}
+
 // Lines 3 and 4: a gradient goes into base and momentum, the momentum into its trace e, and the step is lr * gains * m.
-// The gains come in as those of the network. Without a gradient they are completed, and that is all.
+// The gains come in as those of the network. Without a gradient they are completed, and that is all. Momenta of tensors
+// that are `idle` decay at least as fast as `coast`.
 template <typename T>
 void advance(T *gains, const T *g, T *m, T *e, T *step, const double *scale, const Base<T> &base,
-             const Mixture<T> &mixture, const Group &group, double steps, double beta, T trace, T lr, double largest) {
+             const Mixture<T> &mixture, const Group &group, double steps, double beta, T trace, T lr, double largest,
+             const uint8_t *idle, double coast) {
   const int64_t n = group.offsets[group.tensors];
   const bool is_mixed = g != nullptr && mixture.decays > 0;
   const std::vector<double> shares = is_mixed ? corrected(mixture, group.tensors, steps) : std::vector<double>();
-  Cut(group.offsets, group.tensors, group.threads).each([&](int64_t, const Chunk &at) {
+  const Cut cut(group.offsets, group.tensors, group.threads);
+  std::vector<double> square_parts(cut.chunks.size()), momentum_parts(cut.chunks.size());
+  cut.each([&](int64_t i, const Chunk &at) {
     const int64_t first = at.first, count = at.end - at.first;
     const T *from = g == nullptr ? nullptr : g + first;
-    T *__restrict own_gains = gains + first;
-    complete(own_gains, from, base, factor<T>(scale, at.tensor, 1.0, largest), first, count);
+    if (base.square != nullptr) square_parts[i] = take_in_square(base.square + first, from, base.weight, count);
     if (g == nullptr) return;
     T *__restrict mixed = m + first;
     if (mixture.decays == 0) {
@@ -268,10 +330,20 @@ void advance(T *gains, const T *g, T *m, T *e, T *step, const double *scale, con
     } else {
       std::fill(mixed, mixed + count, T(0));
     }
+    const double most = idle != nullptr && idle[at.tensor] ? coast : 1.0;
     for (int64_t b = 0; b < mixture.decays; ++b)
-      take_in_and_add(mixture.momenta + b * n + first, from, Forgetting<T>(mixture.decay[b]), mixed,
+      take_in_and_add(mixture.momenta + b * n + first, from, Forgetting<T>(std::min(mixture.decay[b], most)), mixed,
                       T(shares[b * group.tensors + at.tensor]), count);
-    finish(e == nullptr ? nullptr : e + first, step + first, mixed, own_gains, trace, lr, count);
+    if (base.square != nullptr) momentum_parts[i] = energy<T>(mixed, count);
+  });
+  std::vector<double> squares = by_tensor(cut, square_parts, group.tensors);
+  if (base.square != nullptr && g != nullptr) settle(base, cut, by_tensor(cut, momentum_parts, group.tensors), squares);
+  cut.each([&](int64_t, const Chunk &at) {
+    const int64_t first = at.first, count = at.end - at.first;
+    const T floor = base.share == nullptr ? T(0) : T(base.share[at.tensor] * squares[at.tensor]);
+    complete(gains + first, base, factor<T>(scale, at.tensor, 1.0, largest), floor, first, count);
+    if (g != nullptr)
+      finish(e == nullptr ? nullptr : e + first, step + first, m + first, gains + first, trace, lr, count);
   });
 }
 
@@ -284,32 +356,47 @@ void scale_learn(const T *g, const T *moves, double *table, const Group &group, 
   descend(table, group.tensors, h.data(), by);
 }
 
+template <typename T> void energies(const T *g, double *sums, const Group &group) {
+  const Cut cut(group.offsets, group.tensors, group.threads);
+  std::vector<double> parts(cut.chunks.size());
+  cut.each([&](int64_t i, const Chunk &at) { parts[i] = energy(g + at.first, at.end - at.first); });
+  const std::vector<double> found = by_tensor(cut, parts, group.tensors);
+  std::copy(found.begin(), found.end(), sums);
+}
+
 } // namespace
 
 #define LODO_PARTS(T, SUFFIX)                                                                                          \
   extern "C" void lodo_judge_##SUFFIX(                                                                                 \
       const T *g, const T *gains, const T *judged, const double *scale, T *theta, T *mean, T *square, T *momenta,      \
-      double *table, const double *decay, const int64_t *offsets, int64_t decays, int64_t tensors,                     \
-      int threads, double largest, double lr, double steps, double rate, double table_forget1, double table_forget2,   \
-      double bias1, double bias2, double tiny, double step_size, double forget1, double keep2, double forget2,         \
-      double eps) {                                                                                                    \
+      double *table, const double *decay, const int64_t *offsets, int64_t decays, int64_t tensors, int threads,        \
+      double largest, double lr, double steps, double rate, double table_forget1, double table_forget2, double bias1,  \
+      double bias2, double tiny, double bound, double step_size, double forget1, double keep2, double forget2,         \
+      double eps, double theta_bound) {                                                                                \
     judge<T>(g, gains, judged, scale, {momenta, table, decay, decays},                                                 \
-             {theta, mean, square, T(step_size), T(forget1), T(keep2), T(forget2), T(eps)},                            \
-             {offsets, tensors, threads}, steps, {rate, table_forget1, table_forget2, bias1, bias2, tiny}, T(lr),      \
-             largest);                                                                                                 \
+             {theta, mean, square, T(step_size), T(forget1), T(keep2), T(forget2), T(eps), T(theta_bound)},            \
+             {offsets, tensors, threads}, steps, {rate, table_forget1, table_forget2, bias1, bias2, tiny, bound},      \
+             T(lr), largest);                                                                                          \
   }                                                                                                                    \
-  extern "C" void lodo_advance_##SUFFIX(T *gains, const T *g, T *m, T *e, T *step, const double *scale, T *square,     \
-                                        T *momenta, double *table, const double *decay, const int64_t *offsets,        \
-                                        int64_t decays, int64_t tensors, int threads, double largest, double steps,    \
-                                        double weight, double bias, double eps, double lr, double beta,                \
-                                        double trace) {                                                                \
-    advance<T>(gains, g, m, e, step, scale, {square, T(weight), T(1 / bias), T(eps)},                                  \
-               {momenta, table, decay, decays}, {offsets, tensors, threads}, steps, beta, T(trace), T(lr), largest);   \
+  extern "C" void lodo_advance_##SUFFIX(                                                                               \
+      T *gains, const T *g, T *m, T *e, T *step, const double *scale, T *square, const double *share,                  \
+      const uint8_t *idle, T *momenta, double *table, const double *decay, const int64_t *offsets, int64_t decays,     \
+      int64_t tensors, int threads, double largest, double steps, double weight, double bias, double eps, double unit, \
+      double longest, double coast, double lr, double beta, double trace, double momentum_bias) {                      \
+    advance<T>(gains, g, m, e, step, scale,                                                                            \
+               {square, T(weight), T(1 / bias), T(eps), 1 / unit, longest, momentum_bias, share},                      \
+               {momenta, table, decay, decays}, {offsets, tensors, threads}, steps, beta, T(trace), T(lr), largest,    \
+               idle, coast);                                                                                           \
   }                                                                                                                    \
   extern "C" void lodo_scale_learn_##SUFFIX(const T *g, const T *moves, double *table, const int64_t *offsets,         \
                                             int64_t tensors, int threads, double rate, double forget1, double forget2, \
-                                            double bias1, double bias2, double tiny) {                                 \
-    scale_learn<T>(g, moves, table, {offsets, tensors, threads}, {rate, forget1, forget2, bias1, bias2, tiny});        \
+                                            double bias1, double bias2, double tiny, double bound) {                   \
+    scale_learn<T>(g, moves, table, {offsets, tensors, threads},                                                       \
+                   {rate, forget1, forget2, bias1, bias2, tiny, bound});                                               \
+  }                                                                                                                    \
+  extern "C" void lodo_energies_##SUFFIX(const T *g, double *sums, const int64_t *offsets, int64_t tensors,            \
+                                         int threads) {                                                                \
+    energies<T>(g, sums, {offsets, tensors, threads});                                                                 \
   }
 
 LODO_PARTS(float, f32)

@@ -58,20 +58,39 @@ class Operator(ABC):
             NotImplementedError: if this kind of preconditioner has no such bound.
         """
 
-    def observe_(self, g: Tensor, rotated: Tensor, kept: Sequence[Tensor], active: Number, steps: Number) -> Tensor:
+    def observe_(
+        self,
+        g: Tensor,
+        rotated: Tensor | None,
+        kept: Sequence[Tensor],
+        active: Number,
+        steps: Number,
+        age: Number | None = None,
+    ) -> Tensor:
         """Takes a gradient into what is known beside the network, which may change the coordinates of `rotate`.
 
         Args:
             g: gradient of the step that is being made, shape (n,), not rotated.
-            rotated: the same rotated.
+            rotated: the same rotated, or None if nobody has computed it.
             kept: rotated vectors that the optimizer keeps, shape (..., n): brought into the new coordinates in place.
             active: whether to.
             steps: the step's number, from 1.
+            age: of these steps, those since learning began anew; None for all.
 
         Returns:
             g in the new coordinates.
         """
-        return rotated
+        return self.rotate(g) if rotated is None else rotated
+
+    def settle_(self, m: Tensor, bias: Number, steps: Number) -> None:
+        """Makes the operator the one of step number `steps`, now that it is known which m it will be applied to.
+
+        Args:
+            m: rotated momentum, shape (n,).
+            bias: what m is yet to be divided by, for its start at zero.
+            steps: as for `observe_`.
+        """
+        return
 
     @torch.no_grad()
     def matvec(self, v: Tensor) -> Tensor:

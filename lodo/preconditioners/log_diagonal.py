@@ -1,4 +1,4 @@
-"""A gain for each coordinate: G = lr * diag(exp(w)), w starting at 0, positive whatever is learned."""
+"""A gain for each coordinate: G = lr * diag(exp(w)), w starting at 0, |w| <= log(1e6): positive whatever is learned."""
 
 import math
 from typing import Any, Self
@@ -23,6 +23,8 @@ class LogDiagonal(Preconditioner):
 
     kind = "log_diagonal"
     drift = 30.0  # a meta_lr of 3e-3 is bounded from step 10,000 on, when a base's averages begin to last longer too
+
+    bound = math.log(1e6)  # of |w|: no gain leaves [1e-6, 1e6], whatever it learns from
 
     def __init__(self, log_weight: Tensor) -> None:
         log_weight = as_theta("log_weight", log_weight, dims=1)
@@ -62,6 +64,7 @@ class LogDiagonal(Preconditioner):
     ) -> None:
         """`learn_` with the operator times g, in place of g, which it overwrites: h = -lr * reply * m."""
         meta.update_(self.theta, reply.mul_(m).mul_(-lr), moments, rates)
+        self.theta.clamp_(-self.bound, self.bound)
 
     def bound_condition_(self, largest: float) -> None:
         bound = 0.5 * math.log(largest)
