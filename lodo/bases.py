@@ -404,9 +404,9 @@ def _rounding(own: torch.dtype, computed: torch.dtype, size: int) -> float:
     """The share of the sum of v over a tensor of `size` elements below which a coordinate's v is rounding.
 
     Of a product of matrices by the dtype that it is computed in: some roundings of the norm of the gradient; of the
-    gradients' own dtype: half a unit in the last place of each element, at random.
+    gradients' own dtype: the rounding of each element, at random, and its fluctuation.
     """
-    return (4 * torch.finfo(computed).eps) ** 2 + (torch.finfo(own).eps / 2) ** 2 / max(size, 1)
+    return (4 * torch.finfo(computed).eps) ** 2 + torch.finfo(own).eps ** 2 / max(size, 1)
 
 
 def _eigenbasis(average: Tensor, fallback: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 import lodo
 from lodo import scalars
 from lodo.options import ADDED
-from lodo.state import EXTRA_KEYS
+from lodo.state import EXTRA_KEYS, FLAGS, TABLES
 
 PARTS = {
     "trace": {"trace": 0.9},
@@ -255,7 +255,9 @@ def test_parts_of_low_precision_parameters_are_float32(base, dtype):
     assert {params[0].dtype, entry["scale"].dtype} == {dtype, torch.float64}
     for name in names:  # they depend on gradients alone
         assert torch.equal(entry[name], entry_of(twin)[name])
-    torch.testing.assert_close(flat(params).float(), flat(twins), rtol=0.02, atol=0.02)
+    # Where a rotated gradient is no more than the rounding of bfloat16 there is no step: the twin, of float32, makes it.
+    atol = 0.05 if base == "soap" and dtype == torch.bfloat16 else 0.02
+    torch.testing.assert_close(flat(params).float(), flat(twins), rtol=0.02, atol=atol)
 
 
 @each_part
@@ -307,10 +309,10 @@ def test_moving_to_another_dtype_takes_the_parts_along(base):
     for p in params:
         p.data, p.grad = p.data.float(), None
     operator = optimizer.preconditioners[0]
-    names = before.keys() - {"format", "momentum", "scale", "meta_step", "last_lr", "steps", "skipped"}
+    names = before.keys() - {"format", "momentum", "meta_step", "last_lr", "steps", "skipped"}
     for name in names:
-        assert torch.equal(entry_of(optimizer)[name], before[name].float()), name
-    assert torch.equal(entry_of(optimizer)["scale"], before["scale"])
+        same = name in (*TABLES, *FLAGS)  # tables are float64 for all
+        assert torch.equal(entry_of(optimizer)[name], before[name] if same else before[name].float()), name
     assert operator.to_dense().dtype == torch.float32
     backward(params)
     optimizer.step()
@@ -320,7 +322,7 @@ def test_moving_to_another_dtype_takes_the_parts_along(base):
 def test_state_of_a_wrong_shape_is_refused_before_a_kernel_reads_beyond_its_end(name):
     params, optimizer = trained("log_diagonal", **ALL)
     entry = entry_of(optimizer)
-    entry[name] = entry[name][..., :-1].clone()
+    entry[name] = entry[name][..., :-1].clone() if entry[name].dim() else entry[name].reshape(1)
     before = flat(params)
     backward(params)
     with pytest.raises(RuntimeError, match=f"{name} in the state of a param group has shape"):

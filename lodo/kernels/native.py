@@ -228,7 +228,7 @@ def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: m
 
 def energies(vector: Tensor, offsets: Tensor) -> list[float]:
     """The sum of squares of each tensor's part of a vector, with no overflow in between."""
-    sums = torch.empty(offsets.numel() - 1, dtype=torch.float64)
+    sums = torch.empty(offsets.numel() - 1, dtype=torch.float64, device="cpu")
     _call_parts("energies", (vector, sums, offsets), sums.shape)
     return sums.tolist()
 
