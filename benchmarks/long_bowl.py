@@ -9,7 +9,8 @@ first lacks; delete a line, or the file, to measure anew.
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from tqdm import tqdm
 import lodo
 from examples.paper.tasks.bowl import NoisyBowl
 
-CALLS: dict[str, dict[str, Any]] = {
-    "lodo.RECOMMENDED": dict(lodo.RECOMMENDED),
-    'with preconditioner="identity"': {**lodo.RECOMMENDED, "preconditioner": "identity"},
+CALLS: dict[str, Callable[[list[torch.Tensor]], lodo.LODO]] = {
+    "lodo.AutoLODO": lodo.AutoLODO,
+    'with preconditioner="identity"': partial(lodo.LODO, **{**lodo.RECOMMENDED, "preconditioner": "identity"}),
 }
 WALKS = (0, 1, 2)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the steps, after which G is looked at
@@ -44,7 +45,7 @@ def hessian_error(optimizer: lodo.LODO, h: torch.Tensor) -> float:
 def run(call: str, walk: int, steps: int) -> Record:
     """One training: the mean loss over the last tenth of the steps, and the Hessian error on the way."""
     task = NoisyBowl(seed=0, walk_seed=walk)
-    optimizer = lodo.LODO(task.params, **CALLS[call])
+    optimizer = CALLS[call](task.params)
     losses, errors, at = [], [], sorted({max(1, round(share * steps)) for share in SHARES})
     for step in tqdm(range(1, steps + 1), desc=f"{call}, walk {walk}", leave=False):
         task.draw()

@@ -1,4 +1,4 @@
-"""What each part of `lodo.RECOMMENDED` costs: time of a step and bytes of state with all of them, and without each.
+"""What each part of `lodo.AutoLODO` costs: time of a step and bytes of state with all of them, and without each.
 
     python -m benchmarks.part_costs    # some three minutes on one thread
 
@@ -28,12 +28,16 @@ Make = Callable[[list[Tensor]], Optimizer]
 
 
 def without(**options: Any) -> Make:
-    return lambda params: lodo.LODO(params, **{**lodo.RECOMMENDED, **options})
+    return lambda params: lodo.AutoLODO(params, **options)
+
+
+def without_gains(params: list[Tensor]) -> Optimizer:
+    return lodo.LODO(params, **{**lodo.RECOMMENDED, "preconditioner": "identity", "trace": 0.0})
 
 
 WAYS: dict[str, Make] = {
     "all parts": without(),
-    'no gains: `preconditioner="identity"`': without(preconditioner="identity", trace=0.0),
+    'no gains: `preconditioner="identity"`': without_gains,
     "no trace: `trace=0.0`": without(trace=0.0),
     "no scales: `scale_lr=0.0`": without(scale_lr=0.0),
     "one momentum: `decays=None`": without(decays=None),
@@ -82,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--rounds and --sizes must be at least 1")
     torch.set_num_threads(1)
     parts = [
-        "# What each part of `lodo.RECOMMENDED` costs",
+        "# What each part of `lodo.AutoLODO` costs",
         f"{device_name('cpu')}, one thread, torch {torch.__version__}, {options.rounds} rounds.",
     ]
     for n in options.sizes:

@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = lodo.LODO(model.parameters(), lr=3.0, meta_lr=3e-3, depth=4, expansion=1, permutation="shuffle")
+    optimizer = lodo.AutoLODO(model.parameters())
     with SummaryWriter(options.out) as writer:
         train(model, optimizer, digits(), options.steps, writer)
     print(f"Look at it with: tensorboard --logdir {options.out}")

@@ -58,7 +58,7 @@ class Task:
 
 # The learning rates are the best of a grid for each optimizer, by the mean loss over the last tenth of the steps: where
 # the loss ends after the last step says less about a rate that is nearly too large. The grids are in README.md. Untuned
-# LODO has the one of `lodo.RECOMMENDED`.
+# LODO has that of `lodo.AutoLODO`.
 TASKS = {
     "digits": Task("scikit-learn's digits", (64,), 1000, 64, lr={"lodo": 3.0, "adamw": 2e-2, "sgd": 0.25}),
     "mnist": Task("MNIST", (128,), 2000, 128, lr={"lodo": 0.5, "adamw": 2e-3, "sgd": 0.05}),
@@ -97,7 +97,7 @@ def make_optimizer(name: str, model: nn.Module, settings: Settings) -> torch.opt
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, fused=fused)
     if name == "untuned":
-        return lodo.LODO(model.parameters(), **{**lodo.RECOMMENDED, "lr": settings.lr, "seed": settings.seed})
+        return lodo.AutoLODO(model.parameters(), lr=settings.lr)
     # A lean network, an eighth of the default one's size, is enough for a small MLP.
     return lodo.LODO(
         model.parameters(),

@@ -153,9 +153,10 @@ class LODO(Optimizer):
     def reset(self, group: int | None = None) -> None:
         """Lets learning begin anew where the data have changed, and keeps what is known.
 
-        What learns and averages ever more slowly in a long training does so from here on as it did at its start: the
-        rates of scales, momenta and gains, the averages and eigenbases of `base`. Parameters, momenta, scales, gains
-        and eigenbases stay as they are. The paper's method learns at a constant rate and is left as it is.
+        Scales, gains and the weights of the momenta, which learn ever more slowly in a long training, go back to their
+        start and learn as they did there; averages last as long and eigenbases are renewed as often as they did. What
+        is known of the gradients stays: momenta, second moments, eigenbases. So do the counts of steps. The paper's
+        method learns at a constant rate, and is left as it is.
 
         Args:
             group: index of a param group; None for all.
@@ -168,8 +169,7 @@ class LODO(Optimizer):
         for each in self.param_groups if group is None else [self.param_groups[group]]:
             if self._has_state(each):
                 live = self._group_state(each)
-                live.reset_()
-                live.seal()
+                live.reset_(each)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, during training too, with its own network. Its options default to the constructor's.
@@ -376,7 +376,7 @@ class LODO(Optimizer):
         if group["base"] is not None:
             live.change_unit_(active)
         if live.scale is not None:
-            live.scale.follow_(live.lr.get())
+            live.scale.follow_(live.lr.get(), active)
             self._learn_scales(group, live, steps, active, age)
         unit = live.unit
         step = lodo_step(

@@ -42,7 +42,7 @@ class Scale:
         self._offsets = kernels.offsets(lengths)
         self._is_native = kernels.native.available(moves)
 
-    def follow_(self, lr: Number) -> None:
+    def follow_(self, lr: Number, active: Number) -> None:
         """Takes back what s has made up for while lr was small, when it rises.
 
         A rise of lr is a rise of the step that lr stands for, not of what the scale has made of it: S lr does not rise
@@ -62,13 +62,14 @@ class Scale:
             if lr != last:
                 self.levels[0], self.levels[1] = lr, max(lr, top)
             return
-        last, top = self.levels[0], self.levels[1]
+        last, top = self.levels[0].clone(), self.levels[1].clone()
+        lr = torch.where(active, lr.to(top.dtype), last)
         anchor.copy_(torch.where((lr < last) & (last >= top), s, anchor))
         below = (torch.minimum(lr, top) / last).log().nan_to_num_(0.0, posinf=math.inf).clamp_(min=0)
         s.sub_(torch.minimum((s - anchor).clamp_(min=0), below))
         above = (lr / torch.maximum(last, top)).log().nan_to_num_(0.0, posinf=math.inf).clamp_(min=0)
         s.sub_(torch.minimum(s.clamp(min=0), above))
-        self.levels[:2] = torch.stack((lr.to(top.dtype), torch.maximum(lr.to(top.dtype), top)))
+        self.levels[:2] = torch.stack((lr, torch.maximum(lr, top)))
 
     def correct_(self, change: Tensor, step: Tensor, least: Tensor) -> None:
         """Takes out of the trace the moves that somebody has undone.

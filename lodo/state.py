@@ -119,7 +119,7 @@ class GroupState:
         if self.mixture is None:
             return None
         pairs = zip(self.sizes, group["params"], strict=True)
-        flags = [(size == 0) & active if p.grad is not None else False for size, p in pairs]
+        flags = [(size == 0) & (p.grad is not None) & active for size, p in pairs]
         return flags if any(is_tensor(flag) or flag for flag in flags) else None
 
     def change_unit_(self, active: Number) -> None:
@@ -213,10 +213,22 @@ class GroupState:
         """The steps taken since learning began anew, to compute with; None where nothing beyond the paper learns."""
         return self.count() - Cell(self.extras["reset_at"]).get() if "reset_at" in self.extras else None
 
-    def reset_(self) -> None:
-        """Lets learning begin anew, from what is known."""
-        if "reset_at" in self.extras:
-            Cell(self.extras["reset_at"]).set(self.count())
+    def reset_(self, group: dict[str, Any]) -> None:
+        """Lets what learns ever more slowly begin anew, over the statistics of gradients that there are."""
+        if "reset_at" not in self.extras:
+            return
+        Cell(self.extras["reset_at"]).set(self.count())
+        for name in ("scale", "moves", "mixture"):
+            if name in self.extras:
+                self.extras[name].zero_()
+        if self.scale is not None:
+            self.scale.levels[2:] = 0
+        if self.mixture is not None:
+            self.mixture.start_(group["beta"])
+        if self.preconditioner.drift is not None:
+            for tensor in (self.preconditioner.theta, *(self.moments or ()), self.meta_step.tensor):
+                tensor.zero_()
+        self._put_together(group)
 
     def rescale_(self, unit: float) -> None:
         """Makes this the unit of gradients. A power of two, so that no bit of what is kept is lost."""

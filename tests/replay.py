@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from lodo import meta
-from lodo.bases import BASES
+from lodo.bases import BASES, next_unit
 from lodo.composite import Composite
 from lodo.fused import put_together
 from lodo.mixture import Mixture
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import random_words, to_bfloat16
-from lodo.scale import Scale
+from lodo.scale import Scale, kept_share
 from lodo.step import lodo_step, shorten_
 
 Gradients = Sequence[Tensor | None]
-WIDE = {"scale", "mixture"}  # the tables, of float64 whatever the parameters are
+WIDE = {"scale", "scale_levels", "mixture", "unit", "reset_at"}  # of float64 whatever the parameters are
+FLAGS = {"base_seen"}
 
 
 class Replay:
@@ -78,16 +79,16 @@ class Replay:
             moments = meta.start_moments(self.network.theta) if self.moments is None else self.moments
             self.moments = (moments[0].to(self.kept("meta_state_dtype")), moments[1].to(self.kept("meta_state_dtype")))
 
-        for name in self.extras.keys() - WIDE:
+        for name in self.extras.keys() - WIDE - FLAGS:
             self.extras[name] = self.extras[name].to(self.dtype)
         missing = self.missing()
         for name in missing:
-            dtype = torch.float64 if name in WIDE else self.dtype
+            dtype = torch.uint8 if name in FLAGS else torch.float64 if name in WIDE else self.dtype
             self.extras[name] = torch.zeros(self.shapes()[name], dtype=dtype)
         if "trace" in missing:
             self.extras["trace"].copy_(self.momentum)
         if "base_exp_avg_sq" in missing:
-            BASES[self.options["base"]]([value.shape for value in self.values], self.extras).start_()
+            self.base().start_()
         if "mixture" in missing:
             self.mixture().start_(self.options["beta"])
 
@@ -100,7 +101,14 @@ class Replay:
         if options["decays"] is not None:
             count = len(options["decays"])
             found |= {"momenta": (count, n), "mixture": (3, count, len(self.values))}
-        return {**found, "scale": (3, len(self.values)), "moves": (n,)} if options["scale_lr"] > 0 else found
+        if options["scale_lr"] > 0:
+            count = len(self.values)
+            found |= {"scale": (3, count), "moves": (n,), "scale_levels": (2 + count,)}
+        return {**found, "written": (n,), "unit": (), "reset_at": ()} if found.keys() - {"trace"} else found
+
+    def base(self) -> Any:
+        dtypes = [value.dtype for value in self.values]
+        return BASES[self.options["base"]]([value.shape for value in self.values], self.extras, dtypes)
 
     def missing(self) -> list[str]:
         return [name for name in self.shapes() if name not in self.extras]
@@ -113,9 +121,9 @@ class Replay:
     def operator(self, steps: Any) -> Operator:
         """G / lr of the last step."""
         assert self.network is not None
-        lengths, shapes = [value.numel() for value in self.values], [value.shape for value in self.values]
-        base = None if self.options["base"] is None else BASES[self.options["base"]](shapes, self.extras)
-        scale = Scale(self.extras["scale"], self.extras["moves"], lengths) if "scale" in self.extras else None
+        lengths, kept = [value.numel() for value in self.values], self.extras
+        base = None if self.options["base"] is None else self.base()
+        scale = Scale(kept["scale"], kept["moves"], lengths, kept["scale_levels"]) if "scale" in kept else None
         return (
             self.network if base is None and scale is None else put_together(self.network, base, scale, steps, lengths)
         )
@@ -141,12 +149,26 @@ class Replay:
         moments = self.moments if self.uses_moments else None
         if options["base"] is not None and options["decays"] is None:  # a mixture corrects each of its momenta
             lr = number(lr) / (1 - options["beta"] ** steps)
-        if isinstance(operator, Composite) and operator.scale is not None:
-            operator.scale.learn_(gradient, options["scale_lr"], steps, number(True))
-        scalars = [number(value) for value in (self.meta_step, self.last_lr, float(lr), True, learning)]
+        scale = operator.scale if isinstance(operator, Composite) else None
+        share = self.look_back(operator, number) if "written" in self.extras else None
+        unit = self.change_unit(gradient, number)
+        if scale is not None:
+            scale.follow_(number(float(options["lr"])), number(True))
+            pulled = gradient
+            if options["weight_decay"]:
+                sizes = [1.0] * len(self.values) if operator.base is None else operator.base.typical(steps - 1)
+                pull = [value.to(self.dtype) * size for value, size in zip(self.values, sizes, strict=True)]
+                pulled = gradient + self.flat(pull) * options["weight_decay"]
+            scale.learn_(pulled, options["scale_lr"], steps, number(self.last_lr > 0))
+        scalars = [number(value) for value in (self.meta_step, self.last_lr * unit, float(lr) * unit, True, learning)]
         chosen = {name: options[name] for name in ("beta", "meta_lr", "meta_optimizer", "max_condition", "trace")}
         chosen |= {"e": self.extras.get("trace"), "steps": steps}
         chosen |= {"mixture": self.mixture(), "mix_lr": options["mix_lr"]}
+        if "written" in self.extras:
+            chosen |= {"age": steps, "share": share}
+        if options["decays"] is not None:
+            flags = [g is not None and not g.any() for g in gradients]
+            chosen |= {"idle": [number(flag) for flag in flags]} if any(flags) else {}
         step = lodo_step(gradient, momentum, operator, moments, *scalars, **chosen)
         words = random_words(0, self.size, -self.steps, gradient.device)
         self.momentum = to_bfloat16(momentum, words) if options["momentum_dtype"] == "bfloat16" else momentum
@@ -159,15 +181,72 @@ class Replay:
             factor, is_finite = shorten_(step, x, options["max_step_norm"])
             self.last_lr = lr * float(factor)
             self.skipped += not is_finite
-        if isinstance(operator, Composite) and operator.scale is not None:
+        if "written" in self.extras:
             step *= moved
-            operator.scale.record_(step, options["scale_trace"], number(True))
         if options["weight_decay"]:
-            step += self.flat(self.values) * (options["lr"] * options["weight_decay"])
+            decay = self.decay(scale, options["lr"])
+            step += decay * moved if "written" in self.extras else decay
+        if scale is not None:
+            scale.record_(step, options["scale_trace"], number(True))
         parts = step.split([value.numel() for value in self.values])
         for value, gradient, part in zip(self.values, gradients, parts, strict=True):
             if gradient is not None:
                 value.copy_(value.to(self.dtype) - part.view(value.shape))
+        if "written" in self.extras:
+            self.extras["written"].copy_(self.flat(self.values))
+
+    def decay(self, scale: Scale | None, lr: float) -> Tensor:
+        """What weight decay subtracts."""
+        if scale is None:
+            return self.flat(self.values) * (lr * self.options["weight_decay"])
+        factors = (scale.factors() * (lr * self.options["weight_decay"])).clamp(max=1).to(self.dtype)
+        return self.flat([value.to(self.dtype) * f for value, f in zip(self.values, factors, strict=True)])
+
+    def look_back(self, operator: Operator, number: Callable[[Any], Any]) -> Tensor | None:
+        """What is left of the last step."""
+        x, written = self.flat(self.values), self.extras["written"]
+        if self.steps <= 1 or (torch.equal(x, written) and not isinstance(number(0.0), Tensor)):
+            return None
+        assert self.momentum is not None
+        unit = operator.unit if isinstance(operator, Composite) else 1.0
+        step = operator.rotate_back(operator.apply(self.momentum.to(self.dtype)) * (self.last_lr * unit))
+        if isinstance(operator, Composite) and operator.scale is not None:
+            if self.options["weight_decay"]:
+                step = step + self.decay(operator.scale, self.last_lr)
+            coarsest = max(torch.finfo(value.dtype).eps for value in self.values)
+            operator.scale.correct_(x - written, step, x.abs() * 4 * coarsest)
+        return kept_share(step, x - written)
+
+    def change_unit(self, gradient: Tensor, number: Callable[[Any], Any]) -> float:
+        """Divides the gradient by the unit that it calls for; returns that."""
+        if self.options["base"] is None:
+            return 1.0
+        before, size = float(self.extras["unit"]), torch.linalg.vector_norm(gradient.double())
+        is_readable = not isinstance(number(0.0), Tensor)
+        unit = float(next_unit(before, float(size)) if is_readable else next_unit(torch.tensor(before), size))
+        self.extras["unit"].fill_(unit)
+        if 0 < before != unit:
+            self.rescale(before / unit)
+        gradient.div_(unit or 1.0)
+        return unit or 1.0
+
+    def rescale(self, factor: float) -> None:
+        """Another unit for what is kept of gradients, by the power of them that it is."""
+        assert self.momentum is not None
+        self.momentum *= factor
+        for name, power in (("trace", 1), ("momenta", 1), ("base_exp_avg_sq", 2)):
+            if name in self.extras:
+                self.extras[name] *= factor**power
+        for name, power in (("scale", 1), ("mixture", 2)):
+            if name in self.extras:
+                self.extras[name][1] *= factor**power
+                self.extras[name][2] *= factor ** (2 * power)
+        if self.moments is not None:
+            self.moments[0].mul_(factor)
+            self.moments[1].mul_(factor**2)
+        if "base_factors" in self.extras:
+            self.base().rescale_(factor)
+            self.extras["base_exp_avg_sq"] /= factor**2  # which is done above
 
     def copy(self) -> "Replay":
         return copy.deepcopy(self)

@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
         "meta_optimizer": "sgd",
         "dtype": torch.float64,
     },
-    "without tuning": dict(lodo.RECOMMENDED),
+    "without tuning": {"auto": True},
 }
 KERNELS = ("native", "plain torch")
 
@@ -40,13 +40,18 @@ class Training:
     def __init__(self, case: str) -> None:
         options = dict(CASES[case])
         dtype, is_split = options.pop("dtype", torch.float32), options.pop("groups", False)
+        is_auto = options.pop("auto", False)
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
         self.params = list(self.model.parameters())
         groups: Any = self.params
         if is_split:
             groups = [{"params": self.params[:2]}, {"params": self.params[2:], "preconditioner": "diagonal"}]
-        self.optimizer = lodo.LODO(groups, **{"lr": 0.05, "meta_lr": 1e-2, "weight_decay": 0.01, **options})
+        self.optimizer: lodo.LODO
+        if is_auto:
+            self.optimizer = lodo.AutoLODO(groups, weight_decay=0.01, **options)
+        else:
+            self.optimizer = lodo.LODO(groups, **{"lr": 0.05, "meta_lr": 1e-2, "weight_decay": 0.01, **options})
 
     def set_gradients(self, step: int) -> None:
         noise = np.random.default_rng(step)

@@ -4,6 +4,7 @@ Every contender's search begins with a scan of its learning rate, so all ranges 
 since the training loss is what is compared.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,9 @@ import lodo
 from benchmarks.shootout.problem import Problem, Task
 
 RECOMMENDED: Mapping[str, Any] = {**lodo.RECOMMENDED, "decays": list(lodo.RECOMMENDED["decays"])}
-"""What "LODO" is run with, untuned, on every task; lists, as JSON gives them back."""
+"""What "LODO" is run with, untuned, on every task, `lodo.AutoLODO(params)`; lists, as JSON gives them back."""
 SEARCHED_LODO = ("lr", "beta")  # of the tuned one; all else is as recommended
+_AUTO = {*inspect.signature(lodo.AutoLODO).parameters, "preconditioner"}
 
 Options = Mapping[str, Any]
 BOTH = ("constant", "cosine")
@@ -173,6 +175,10 @@ def _lbfgs(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
 
 
 def _lodo(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
+    """AutoLODO where the options say all that it is made of, so that none is its default where LODO's is another."""
+    is_auto = options.get("preconditioner") == RECOMMENDED["preconditioner"]
+    if is_auto and RECOMMENDED.keys() <= options.keys() <= _AUTO:
+        return [lodo.AutoLODO(problem.params, **{key: options[key] for key in options if key != "preconditioner"})]
     return [lodo.LODO(problem.params, seed=seed, **options)]
 
 

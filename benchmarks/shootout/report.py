@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.shootout import pictures
 from benchmarks.shootout.changes import CHANGES, EVERYWHERE, NOTHING_CHANGED
-from benchmarks.shootout.contenders import REFERENCE, UNTUNED, Contender, fixed_options, get_contender
+from benchmarks.shootout.contenders import RECOMMENDED, REFERENCE, UNTUNED, Contender, fixed_options, get_contender
 from benchmarks.shootout.plan import CHANGE_SEED, Plan, change_jobs, choice, final_jobs, load, robust_jobs
 from benchmarks.shootout.running import PACKAGES, Record
 from benchmarks.shootout.scores import (
@@ -128,11 +128,13 @@ def _about(results: Results) -> str:
     loads = [run["environment"]["load"] for run in runs if run["environment"]["load"] is not None]
     load = f", load {min(loads):g} to {max(loads):g}" if loads else ""
     missing = [task for task in results.plan.tasks if task not in results.tasks]
+    recommended = results.plan.recommended
+    untuned = "lodo.AutoLODO(params)" if recommended == RECOMMENDED else f"lodo.LODO(params, {_call(recommended)})"
     lines = [
         f"{len(results.tasks)} tasks, {len(results.contenders)} contenders, seeds {seeds}; {len(results.records)} runs "
         f"on record, searches included. One thread each on {'; '.join(machines)}{load}; {told}.",
         f"The goal on a task is tuned {REFERENCE}'s final loss. The protocol is in benchmarks/README.md. Untuned LODO "
-        f"is `lodo.LODO(params, {_call(results.plan.recommended)})`.",
+        f"is `{untuned}`.",
     ]
     if len(sources) > 1:
         lines.append(f"**LODO's runs are of different code**: {', '.join(sources)}.")

@@ -1,9 +1,9 @@
 """LODO in the tools that people train with: one short file for each, run by `python -m examples.frameworks.NAME`.
 
-hf_trainer       Hugging Face's Trainer, `optimizers=(optimizer, scheduler)`; resuming from its checkpoints
+hf_trainer       Hugging Face's Trainer, which makes an AutoLODO itself or is given a LODO; resuming
 hf_accelerate    Accelerate: prepare, accumulate, clip_grad_norm_, save_state and load_state
 hf_peft          LoRA with peft: most parameters are frozen, and which of them the optimizer should be given
-lightning_module Lightning: configure_optimizers with an LR scheduler; resuming from its checkpoints
+lightning_module Lightning: configure_optimizers, with an LR scheduler and without; resuming from its checkpoints
 swa              torch.optim.swa_utils: AveragedModel, SWALR, update_bn
 compiled         a training step under torch.compile
 amp              float16 with GradScaler and bfloat16, and the two ways in which a step may be skipped

@@ -1,10 +1,14 @@
-"""Hugging Face's Trainer with LODO, and a run that is resumed from a checkpoint.
+"""Hugging Face's Trainer with LODO, and runs that are resumed from a checkpoint.
 
-Trainer takes an optimizer that is made already, with its scheduler. It clips gradients (max_grad_norm), steps the
-scheduler, saves the optimizer's state, and loads it with weights_only=True.
+With `optimizer_cls_and_kwargs=(lodo.AutoLODO, {})` Trainer makes the optimizer that wants no tuning itself, with a
+param group without weight decay for biases and norms. It multiplies lr with a linear decay to zero unless another
+`lr_scheduler_type` is given; AutoLODO needs none.
 
-With `optimizer_cls_and_kwargs=(lodo.LODO, {"lr": 0.3})` Trainer makes the optimizer itself. It then puts biases and
-norms into a param group of their own, without weight decay: two groups are two networks, and G is block-diagonal.
+Trainer takes an optimizer that is made already too, with its scheduler: here the paper's LODO, one network over all
+parameters. (Made by Trainer it would have a network for each of the two groups.)
+
+It clips gradients (max_grad_norm), steps the scheduler, saves the optimizer's state, and loads it with
+weights_only=True.
 """
 
 import tempfile
@@ -20,9 +24,7 @@ from examples.frameworks.tiny import LEAN, gpt2, sequences
 STEPS, SAVED_AT = 60, 30
 
 
-def trainer(model: PreTrainedModel, folder: Path, **arguments: Any) -> Trainer:
-    optimizer = lodo.LODO(model.named_parameters(), lr=0.3, meta_lr=3e-3, **LEAN)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
+def training_arguments(folder: Path, **arguments: Any) -> TrainingArguments:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -35,9 +37,25 @@ def trainer(model: PreTrainedModel, folder: Path, **arguments: Any) -> Trainer:
         "dataloader_pin_memory": False,
         **arguments,
     }
+    return TrainingArguments(**settings)
+
+
+def trainer_without_tuning(model: PreTrainedModel, folder: Path, **arguments: Any) -> Trainer:
     return Trainer(
         model=model,
-        args=TrainingArguments(**settings),
+        args=training_arguments(folder, **{"lr_scheduler_type": "constant", "weight_decay": 0.1, **arguments}),
+        train_dataset=sequences(),
+        optimizer_cls_and_kwargs=(lodo.AutoLODO, {}),
+    )
+
+
+def trainer(model: PreTrainedModel, folder: Path, **arguments: Any) -> Trainer:
+    """Of the paper's LODO."""
+    optimizer = lodo.LODO(model.named_parameters(), lr=0.3, meta_lr=3e-3, **LEAN)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
+    return Trainer(
+        model=model,
+        args=training_arguments(folder, **arguments),
         train_dataset=sequences(),
         optimizers=(optimizer, scheduler),
     )
@@ -48,16 +66,17 @@ def losses_of(trained: Trainer) -> list[float]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        whole = trainer(gpt2(), Path(name))
-        whole.train()
-        print("training loss:", *(f"{loss:.3f}" for loss in losses_of(whole)))
+    for title, make in (("AutoLODO", trainer_without_tuning), ("LODO", trainer)):
+        with tempfile.TemporaryDirectory() as name:
+            whole = make(gpt2(), Path(name))
+            whole.train()
+            print(f"{title}: training loss:", *(f"{loss:.3f}" for loss in losses_of(whole)))
 
-        resumed = trainer(gpt2(seed=1), Path(name))
-        resumed.train(resume_from_checkpoint=f"{name}/checkpoint-{SAVED_AT}")
-        pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
-        same = all(torch.equal(a, b) for a, b in pairs)
-        print(f"resumed at step {SAVED_AT}: the parameters are the same, bit for bit: {same}")
+            resumed = make(gpt2(seed=1), Path(name))
+            resumed.train(resume_from_checkpoint=f"{name}/checkpoint-{SAVED_AT}")
+            pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+            same = all(torch.equal(a, b) for a, b in pairs)
+            print(f"resumed at step {SAVED_AT}: the parameters are the same, bit for bit: {same}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Lightning with LODO: a module's configure_optimizers, and a run that is resumed from a checkpoint.
+"""Lightning with LODO: a module's configure_optimizers, and runs that are resumed from a checkpoint.
+
+`ClassifierWithoutTuning` returns a `lodo.AutoLODO` there, `Classifier` the paper's LODO with an LR scheduler. A module
+that leaves its optimizer to LightningCLI gets AutoLODO by its class path: `--optimizer=lodo.AutoLODO`, or
+`optimizer: {class_path: lodo.AutoLODO}` in YAML.
 
 Lightning gives `step` a closure, clips gradients inside it and steps the scheduler afterwards.
 """
@@ -20,12 +24,14 @@ EPOCHS, SAVED_AFTER = 8, 4
 
 
 class Classifier(lightning.LightningModule):
+    """Trained by the paper's LODO."""
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.network = network(seed)
         self.losses: list[float] = []
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = lodo.LODO(self.parameters(), lr=1.0, meta_lr=3e-3, **LEAN)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS, eta_min=0.1)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # stepped once per epoch
@@ -35,6 +41,11 @@ class Classifier(lightning.LightningModule):
         loss = nn.functional.cross_entropy(self.network(x), y)
         self.losses.append(float(loss.detach()))
         return loss
+
+
+class ClassifierWithoutTuning(Classifier):
+    def configure_optimizers(self) -> Any:
+        return lodo.AutoLODO(self.parameters())
 
 
 def fit(module: Classifier, folder: Path, resume_from: Path | None = None, **options: Any) -> lightning.Trainer:
@@ -54,16 +65,17 @@ def fit(module: Classifier, folder: Path, resume_from: Path | None = None, **opt
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        whole = Classifier()
-        folder = Path(name)
-        fit(whole, folder)
-        print("training loss:", *(f"{loss:.3f}" for loss in whole.losses[::16]), f"{whole.losses[-1]:.3f}")
+    for title, make in (("AutoLODO", ClassifierWithoutTuning), ("LODO", Classifier)):
+        with tempfile.TemporaryDirectory() as name:
+            whole, folder = make(), Path(name)
+            fit(whole, folder)
+            losses = [*whole.losses[::16], whole.losses[-1]]
+            print(f"{title}: training loss:", *(f"{loss:.3f}" for loss in losses))
 
-        resumed = Classifier(seed=1)
-        fit(resumed, folder, resume_from=folder / f"epoch={SAVED_AFTER - 1}.ckpt")
-        same = all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-        print(f"resumed after epoch {SAVED_AFTER}: the parameters are the same, bit for bit: {same}")
+            resumed = make(seed=1)
+            fit(resumed, folder, resume_from=folder / f"epoch={SAVED_AFTER - 1}.ckpt")
+            same = all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+            print(f"resumed after epoch {SAVED_AFTER}: the parameters are the same, bit for bit: {same}")
 
 
 if __name__ == "__main__":
