@@ -4,7 +4,7 @@
     python -m benchmarks.in_use --only NAME,NAME      # rows whose names contain one of these
 
 Each row is a small training at a fixed seed. Its loss is that on a large held batch of the same distribution, unscaled,
-the mean over the last tenth of the steps. AdamW and SOAP (`pytorch_optimizer`) are run with each of four learning
+the mean over the last tenth of the steps. AdamW and SOAP (`pytorch_optimizer`) are run with each of five learning
 rates, and the one that ends best is shown. Schedules multiply the learning rate. Writes in_use.jsonl, a line for each
 row, and made of these in_use.md, which goes into docs/reliability.md too if all rows are in the usual folder.
 """
@@ -33,7 +33,7 @@ from examples.image_data import ImageData, digits
 OUT = Path(__file__).parent / "results" / "in_use"
 DOCS = Path(__file__).parents[1] / "docs" / "reliability.md"
 MARKS = ("<!-- in_use: begin -->", "<!-- in_use: end -->")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 TAIL = 0.1  # share of the steps, at the end, whose mean loss counts
 HELD = 512  # examples of the batch that it is taken on
 WORSE = 1.5  # times AdamW's loss: from there on a row is marked **moved**

@@ -11,7 +11,9 @@ eigenvectors of an average of g g^T, those of Q_R of g^T g; on tensors with more
 
 Null spaces. Averages of g g^T are singular at the first steps and wherever a row, a column or a combination of them
 has no gradient. What is left of a gradient there is rounding, which 1 / sqrt(v) would make full steps of, so D is 0
-where v is no more than rounding leaves (`_rounding`), and elements that have had no gradient yet are left out of Q.
+where v is no more than rounding leaves (`_rounding`), and elements that have had no gradient yet are left out of Q. So
+are elements that a bound holds (somebody takes back their steps, and their gradient goes on pushing outwards): the
+steps of the others would be made for theirs too (Bertsekas, "Projected Newton methods", 1982).
 
 The size of gradients. v is of g / unit, and so is all that is kept of gradients: a power of two, 1 if the first
 gradients are of ordinary size (`next_unit`). And v is raised at once where the momentum outgrows it (`settle_`), as
@@ -45,6 +47,8 @@ LONGEST = 4.0  # norm of a tensor's momentum, over the root of the sum of its v
 ORDINARY = 2.0**8  # norms of gradients between its inverse and itself are taken as they are,
 GROWTH = 2.0**20  # and may grow to so many units before the unit does
 LARGEST_UNIT = 2.0**96  # and its inverse the smallest
+UNSEEN, SEEN, HELD_FROM_BELOW, HELD_FROM_ABOVE = range(4)  # what `SoapBase` knows of an element
+PATIENCE = 10  # steps for which an element is taken to be held
 SHIFT = 4.0  # roundings of the largest eigenvalue that null spaces are given, so that they keep their coordinates
 
 Shapes = dict[str, tuple[int, ...]]
@@ -132,6 +136,9 @@ class AdamBase:
         weight = weight.to(rotated.dtype) if is_tensor(weight) else weight
         self.exp_avg_sq.lerp_(rotated * rotated, weight)
 
+    def hold_(self, g: Tensor, steps: Number, is_held: Tensor | None = None) -> None:
+        """Leaves out elements that a bound holds; here they keep nobody else's steps from being their own."""
+
     def settle_(self, m: Tensor, bias: Number, steps: Number) -> None:
         """Raises v on every tensor whose |m / bias|^2 is more than LONGEST^2 times the sum of its corrected v."""
         parts = self.exp_avg_sq.split(self._lengths)
@@ -168,8 +175,8 @@ class AdamBase:
 
 
 class SoapBase(AdamBase):
-    """T = D^1/2 Q^T M, where M leaves out the elements that have had no gradient yet: rotations would spread steps over
-    them. Waits for the device, to know whether it is time to update Q."""
+    """T = D^1/2 Q^T M, where M leaves out the elements that have had no gradient yet, for rotations would spread steps
+    over them, and those that a bound holds. Waits for the device, to know whether it is time to update Q."""
 
     kind: ClassVar[str] = "soap"
     names: ClassVar[tuple[str, ...]] = ("base_exp_avg_sq", "base_factors", "base_seen")
@@ -199,7 +206,8 @@ class SoapBase(AdamBase):
         self._others = sorted(set(range(len(shapes))) - {each.place for each in self._factored})
         # Those whose basis is still to come, with their first gradient, and those with elements that M leaves out.
         self._unstarted = {each.place for each in self._factored if not each.factors[0].average.any()}
-        self._masked = {each.place for each in self._factored if not each.seen.all()}
+        self._masked = {each.place for each in self._factored if bool((each.seen != SEEN).any())}
+        self._held = {each.place for each in self._factored if bool((each.seen > SEEN).any())}
 
     @staticmethod
     def _rotated(shapes: Sequence[torch.Size]) -> set[int]:
@@ -241,12 +249,12 @@ class SoapBase(AdamBase):
                 matrix, found = before[each.place].view(each.shape), after[each.place].view(each.shape)
                 is_masked = each.place in self._masked
                 if is_masked and not back:
-                    matrix = matrix * each.seen
+                    matrix = matrix * (each.seen == SEEN)
                 for factor in firsts:
                     matrix = factor.times(matrix, factor.back if back else factor.ahead)
                 last.times(matrix, last.back if back else last.ahead, out=found)
                 if is_masked and back:
-                    found.mul_(each.seen)
+                    found.mul_(each.seen == SEEN)
         return turned
 
     def _matrices(self, vectors: Tensor) -> list[Tensor]:
@@ -288,13 +296,48 @@ class SoapBase(AdamBase):
         has_changed = False
         for each, gradient in zip(self._factored, gradients, strict=True):
             if each.place in self._masked:
-                seen = each.seen | (gradient != 0)
+                seen = torch.where((each.seen == UNSEEN) & (gradient != 0), SEEN, each.seen)
                 if not torch.equal(seen, each.seen):
                     has_changed = True
                     each.seen.copy_(seen)
-                    if seen.all():
+                    if bool((seen == SEEN).all()):
                         self._masked.discard(each.place)
         return has_changed
+
+    def hold_(self, g: Tensor, steps: Number, is_held: Tensor | None = None) -> None:
+        """Takes out of M, and out of the gradient, the elements that a bound holds.
+
+        They are let in again when their gradient turns, when somebody else moves them, and every PATIENCE steps, to see
+        whether they are still held.
+
+        Args:
+            g: gradient, shape (n,); it becomes zero where elements are held.
+            steps: that were taken, the one that is being made included.
+            is_held: elements whose last step was taken back, and whose gradient goes on as that did, shape (n,); None
+                for none.
+        """
+        if is_held is None and not self._held:
+            return
+        gradients = self._matrices(g)
+        news = [None] * len(gradients) if is_held is None else self._matrices(is_held)
+        for each, gradient, new in zip(self._factored, gradients, news, strict=True):
+            if each.place in self._held:
+                pushes = torch.where(each.seen == HELD_FROM_BELOW, gradient > 0, gradient < 0)
+                stays = pushes if int(steps) % PATIENCE else torch.zeros_like(pushes)
+                each.seen.masked_fill_((each.seen > SEEN) & ~stays, SEEN)
+            if new is not None:
+                each.seen.masked_fill_(new & (gradient > 0), HELD_FROM_BELOW).masked_fill_(
+                    new & (gradient < 0), HELD_FROM_ABOVE
+                )
+            is_out = each.seen > SEEN
+            self._held.discard(each.place)
+            if bool(is_out.any()):
+                self._held.add(each.place)
+                gradient.masked_fill_(is_out, 0)
+            if bool((each.seen != SEEN).any()):
+                self._masked.add(each.place)
+            else:
+                self._masked.discard(each.place)
 
 
 class _Factor:

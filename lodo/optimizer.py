@@ -16,7 +16,7 @@ from lodo.preconditioners import Operator, Preconditioner
 from lodo.rounding import kept_dtype, name_of
 from lodo.saved import made_ready, unwrap
 from lodo.scalars import Number, choose, is_tensor
-from lodo.scale import kept_share
+from lodo.scale import kept_share, taken_back
 from lodo.step import judge, lodo_step, shorten_
 
 
@@ -164,7 +164,8 @@ class LODO(Optimizer):
         Raises:
             ValueError: if there is no such group.
         """
-        if group is not None and (not isinstance(group, int) or not 0 <= group < len(self.param_groups)):
+        is_index = isinstance(group, int) and not isinstance(group, bool)
+        if group is not None and not (is_index and 0 <= group < len(self.param_groups)):
             raise ValueError(f"group must be None or 0 to {len(self.param_groups) - 1}, got {group!r}")
         for each in self.param_groups if group is None else [self.param_groups[group]]:
             if self._has_state(each):
@@ -360,7 +361,6 @@ class LODO(Optimizer):
             warn(SKIPPED.format(count=skips))
 
     def _step_group(self, group: dict[str, Any], live: state.GroupState, active: Number) -> None:
-        momentum = live.momentum.to(live.flat.dtype)
         live.steps.set(live.steps.get() + active)
         steps = live.count()
         learning = active
@@ -378,7 +378,7 @@ class LODO(Optimizer):
         if live.scale is not None:
             live.scale.follow_(live.lr.get(), active)
             self._learn_scales(group, live, steps, active, age)
-        unit = live.unit
+        unit, momentum = live.unit, live.momentum.to(live.flat.dtype)
         step = lodo_step(
             live.gradient,
             momentum,
@@ -416,17 +416,26 @@ class LODO(Optimizer):
         x, written = live.x, live.extras["written"]
         live.flat.gather(live.flat.tensors(group["params"]), live.flat.views(x))
         waits = group["base"] == "soap" or live.flat.device.type == "cpu"
+        base = live.operator.base if isinstance(live.operator, Composite) else None
         if waits and (not active or torch.equal(x, written) or live.steps.get() <= 1):
+            if base is not None:
+                base.hold_(live.gradient, live.steps.get())
             return None
         change = (x - written).nan_to_num_(0.0, 0.0, 0.0)
         change = torch.where(active, change, 0) if is_tensor(active) else change
         made = live.operator.apply(live.momentum.to(x.dtype)).mul_(live.last_lr.get() * live.unit)
         step = live.operator.rotate_back(made)
+        if live.scale is not None and group["weight_decay"] > 0:
+            step.add_(_decay(group, live, x, live.last_lr.get()))
+        rounding = x.abs().mul_(2 * live.flat.coarsest)
         if live.scale is not None:
-            if group["weight_decay"] > 0:
-                step.add_(_decay(group, live, x, live.last_lr.get()))
-            live.scale.correct_(change, step, x.abs().mul_(4 * live.flat.coarsest))
-        return kept_share(step, change)
+            live.scale.correct_(change, taken_back(step, change, rounding, slack=1e-2))
+        share = kept_share(step, change)
+        if base is not None:
+            # Each by itself, as in a box: of a projection that takes back some of all of them more would differ.
+            is_held = taken_back(step, change, rounding, slack=1e-5) & (step * live.gradient > 0)
+            base.hold_(live.gradient, live.steps.get(), is_held)
+        return share
 
     def _learn_scales(
         self, group: dict[str, Any], live: state.GroupState, steps: Number, active: Number, age: Number | None

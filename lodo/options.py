@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def _check_decays(value: Any) -> None:
     if value is None:
         return
     try:
-        if not isinstance(value, tuple | list) or not value:
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise ValueError
         for decay in value:
             _check_number("decay", decay, 0, 1)

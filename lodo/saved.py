@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lodo.bases import HELD_FROM_ABOVE
 from lodo.flat import computed_dtype
 from lodo.options import ADDED, check_options
 from lodo.preconditioners import BY_NAME
@@ -340,9 +341,11 @@ def _check_values(
     for name in ("scale", "mixture"):
         if name in kept:
             check_numbers(f"{where}: the second moments in {name}", kept[name][-1], 0)
+    if "base_seen" in kept and bool((kept["base_seen"] > HELD_FROM_ABOVE).any()):
+        raise ValueError(f"{where}: base_seen must hold numbers from 0 to {HELD_FROM_ABOVE} in the saved state")
     for name in ("unit", "scale_levels"):
         if name in kept:
-            check_numbers(f"{where}: {name}", kept[name].flatten()[:2], 0)
+            check_numbers(f"{where}: {name}", kept[name], 0)
     if missing := [name for name in extras_of(saved_options) if name not in kept]:
         raise ValueError(
             f"{where}: {', '.join(missing)} missing in the saved state, which its base, trace, scale_lr or decays need"

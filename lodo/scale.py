@@ -32,12 +32,12 @@ class Scale:
         table: (3, k) for k tensors; advanced in place, as `moves` and `levels` are.
         moves: the trace E, shape (n,).
         lengths: numbers of elements of the tensors.
-        levels: (2 + k,): the last lr, the highest one so far, and what s was when lr last left that.
+        levels: (1 + k,): the last lr, and the largest lr * S so far.
     """
 
     def __init__(self, table: Tensor, moves: Tensor, lengths: list[int], levels: Tensor | None = None) -> None:
         self.table, self.moves, self._lengths = table, moves, lengths
-        self.levels = table.new_zeros(2 + len(lengths)) if levels is None else levels
+        self.levels = table.new_zeros(1 + len(lengths)) if levels is None else levels
         self._parts = moves.split(lengths)
         self._offsets = kernels.offsets(lengths)
         self._is_native = kernels.native.available(moves)
@@ -45,44 +45,32 @@ class Scale:
     def follow_(self, lr: Number, active: Number) -> None:
         """Takes back what s has made up for while lr was small, when it rises.
 
-        A rise of lr is a rise of the step that lr stands for, not of what the scale has made of it: S lr does not rise
-        on tensors whose s is above what it was when lr was last at its highest, nor, where lr becomes higher than it
-        ever was, while S > 1; until s has fallen to that. From there on it rises as lr does.
+        A rise of lr is a rise of the step that lr stands for, not of what the scale has made of it: it leaves lr * S on
+        no tensor above both lr and the largest lr * S so far.
         """
-        s, anchor = self.table[0], self.levels[2:]
-        if not is_tensor(lr):
-            last, top = self.levels[:2].tolist()
-            if lr < last and last >= top:
-                anchor.copy_(s)
-            if lr > last:
-                if last < top:
-                    s.sub_((s - anchor).clamp_(0, _log_ratio(min(lr, top), last)))
-                if lr > top:
-                    s.sub_(s.clamp(0, _log_ratio(lr, max(last, top))))
-            if lr != last:
-                self.levels[0], self.levels[1] = lr, max(lr, top)
-            return
-        last, top = self.levels[0].clone(), self.levels[1].clone()
-        lr = torch.where(active, lr.to(top.dtype), last)
-        anchor.copy_(torch.where((lr < last) & (last >= top), s, anchor))
-        below = (torch.minimum(lr, top) / last).log().nan_to_num_(0.0, posinf=math.inf).clamp_(min=0)
-        s.sub_(torch.minimum((s - anchor).clamp_(min=0), below))
-        above = (lr / torch.maximum(last, top)).log().nan_to_num_(0.0, posinf=math.inf).clamp_(min=0)
-        s.sub_(torch.minimum(s.clamp(min=0), above))
-        self.levels[:2] = torch.stack((lr, torch.maximum(lr, top)))
+        s, last, peak = self.table[0], self.levels[0], self.levels[1:]
+        if is_tensor(lr):
+            lr = torch.where(active, lr.to(last.dtype), last)
+            most = (torch.maximum(peak, lr) / lr).log().nan_to_num_(0.0, posinf=0.0)
+            s.copy_(torch.where(lr > last, torch.minimum(s, most), s))
+        elif lr > float(last):
+            torch.minimum(s, (peak.clamp(min=lr) / lr).log_(), out=s)
+        last.copy_(lr) if is_tensor(lr) else last.fill_(lr)
 
-    def correct_(self, change: Tensor, step: Tensor, least: Tensor) -> None:
+    def _reach_(self, active: Number) -> None:
+        """Takes the present lr * S into the largest."""
+        now = self.table[0].exp().mul_(self.levels[0] if is_tensor(active) else float(self.levels[0]))
+        peak = self.levels[1:]
+        torch.maximum(peak, torch.where(active, now, peak) if is_tensor(active) else now, out=peak)
+
+    def correct_(self, change: Tensor, is_held: Tensor) -> None:
         """Takes out of the trace the moves that somebody has undone.
 
         Args:
             change: what was added to the parameters since the last step, shape (n,).
-            step: what that had subtracted, shape (n,).
-            least: difference that is no more than rounding, shape (n,).
+            is_held: where they were `taken_back`: the parameters would be there whatever the moves before.
         """
-        self.moves.mul_(kept_share(self.moves, change))
-        # Where a bound holds a parameter, it would be there whatever the moves before.
-        is_held = (change != 0) & ((change - step).abs_() <= least.add(step.abs(), alpha=0.01))
-        self.moves.masked_fill_(is_held, 0)
+        self.moves.mul_(kept_share(self.moves, change)).masked_fill_(is_held, 0)
 
     def learn_(self, g: Tensor, scale_lr: float, steps: Number, active: Number, age: Number | None = None) -> None:
         """Moves the scales along the hypergradient.
@@ -104,6 +92,7 @@ class Scale:
 
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""
+        self._reach_(active)
         active = active.to(step.dtype) if is_tensor(active) else active
         add_decayed_(self.moves, step, 1 - active * (1 - trace))
 
@@ -135,5 +124,6 @@ def kept_share(move: Tensor, change: Tensor) -> Tensor:
     return torch.where(change == 0, 1.0, share.nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0))
 
 
-def _log_ratio(lr: float, before: float) -> float:
-    return math.log(lr / before) if before > 0 and lr / before < math.inf else math.inf
+def taken_back(step: Tensor, change: Tensor, rounding: Tensor, slack: float) -> Tensor:
+    """Where a whole step was taken back, to `slack` of it, or to `rounding`. Other arguments as for `kept_share`."""
+    return (change != 0) & ((change - step).abs_() <= rounding.add(step.abs(), alpha=slack))

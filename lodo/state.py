@@ -222,7 +222,7 @@ class GroupState:
             if name in self.extras:
                 self.extras[name].zero_()
         if self.scale is not None:
-            self.scale.levels[2:] = 0
+            self.scale.levels.zero_()
         if self.mixture is not None:
             self.mixture.start_(group["beta"])
         if self.preconditioner.drift is not None:
@@ -351,7 +351,7 @@ def shapes(size: int, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "trace": (size,),
         "scale": (meta.ROWS, len(group["params"])),
         "moves": (size,),
-        "scale_levels": (2 + len(group["params"]),),
+        "scale_levels": (1 + len(group["params"]),),
         "written": (size,),
         "unit": (),
         "reset_at": (),

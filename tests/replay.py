@@ -18,7 +18,7 @@ from lodo.fused import put_together
 from lodo.mixture import Mixture
 from lodo.preconditioners import BY_NAME, Operator, Preconditioner
 from lodo.rounding import random_words, to_bfloat16
-from lodo.scale import Scale, kept_share
+from lodo.scale import Scale, kept_share, taken_back
 from lodo.step import lodo_step, shorten_
 
 Gradients = Sequence[Tensor | None]
@@ -103,7 +103,7 @@ class Replay:
             found |= {"momenta": (count, n), "mixture": (3, count, len(self.values))}
         if options["scale_lr"] > 0:
             count = len(self.values)
-            found |= {"scale": (3, count), "moves": (n,), "scale_levels": (2 + count,)}
+            found |= {"scale": (3, count), "moves": (n,), "scale_levels": (1 + count,)}
         return {**found, "written": (n,), "unit": (), "reset_at": ()} if found.keys() - {"trace"} else found
 
     def base(self) -> Any:
@@ -140,7 +140,6 @@ class Replay:
             return  # idle
         assert self.network is not None
         assert self.momentum is not None
-        momentum = self.momentum.to(self.dtype, copy=True)
         operator = self.operator(number(float(self.steps)))
         self.steps += 1
         steps = number(float(self.steps))
@@ -150,8 +149,9 @@ class Replay:
         if options["base"] is not None and options["decays"] is None:  # a mixture corrects each of its momenta
             lr = number(lr) / (1 - options["beta"] ** steps)
         scale = operator.scale if isinstance(operator, Composite) else None
-        share = self.look_back(operator, number) if "written" in self.extras else None
+        share = self.look_back(operator, gradient, number) if "written" in self.extras else None
         unit = self.change_unit(gradient, number)
+        momentum = self.momentum.to(self.dtype, copy=True)
         if scale is not None:
             scale.follow_(number(float(options["lr"])), number(True))
             pulled = gradient
@@ -202,20 +202,25 @@ class Replay:
         factors = (scale.factors() * (lr * self.options["weight_decay"])).clamp(max=1).to(self.dtype)
         return self.flat([value.to(self.dtype) * f for value, f in zip(self.values, factors, strict=True)])
 
-    def look_back(self, operator: Operator, number: Callable[[Any], Any]) -> Tensor | None:
+    def look_back(self, operator: Any, gradient: Tensor, number: Callable[[Any], Any]) -> Tensor | None:
         """What is left of the last step."""
         x, written = self.flat(self.values), self.extras["written"]
         if self.steps <= 1 or (torch.equal(x, written) and not isinstance(number(0.0), Tensor)):
+            if self.options["base"] is not None:
+                operator.base.hold_(gradient, self.steps)
             return None
         assert self.momentum is not None
         unit = operator.unit if isinstance(operator, Composite) else 1.0
         step = operator.rotate_back(operator.apply(self.momentum.to(self.dtype)) * (self.last_lr * unit))
+        change, rounding = x - written, x.abs() * 2 * max(torch.finfo(value.dtype).eps for value in self.values)
         if isinstance(operator, Composite) and operator.scale is not None:
             if self.options["weight_decay"]:
                 step = step + self.decay(operator.scale, self.last_lr)
-            coarsest = max(torch.finfo(value.dtype).eps for value in self.values)
-            operator.scale.correct_(x - written, step, x.abs() * 4 * coarsest)
-        return kept_share(step, x - written)
+            operator.scale.correct_(change, taken_back(step, change, rounding, slack=1e-2))
+        if self.options["base"] is not None:
+            is_held = taken_back(step, change, rounding, slack=1e-5) & (step * gradient > 0)
+            operator.base.hold_(gradient, self.steps, is_held)
+        return kept_share(step, change)
 
     def change_unit(self, gradient: Tensor, number: Callable[[Any], Any]) -> float:
         """Divides the gradient by the unit that it calls for; returns that."""

@@ -374,7 +374,7 @@ def with_scales(params, optimizer, log_scales):
     optimizer.param_groups[0]["lr"] = lr
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["scale"][0] = log_scales
-    saved["state"][0]["scale_levels"][:2] = lr  # for a rise of lr takes back what scales have made up for
+    saved["state"][0]["scale_levels"][0] = lr  # for a rise of lr takes back what scales have made up for
     optimizer.load_state_dict(saved)
 
 
