@@ -460,7 +460,7 @@ def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
 @pytest.mark.parametrize("options", [{}, {"max_step_norm": 1e-3}, {"maximize": True}], ids=str)
 @pytest.mark.parametrize("base", BASES)
 def test_the_trace_of_the_moves_is_what_was_subtracted(base, options):
-    """Shortened steps count as short, parameters without a gradient have not moved. Weight decay goes with the scales."""
+    """Shortened steps count as short, parameters without a gradient have not moved. Weight decay is of the scales."""
     settings = {"base": base, "scale_lr": 0.01, "scale_trace": 0.9, "weight_decay": 0.1, **options}
     params, optimizer = built("block_permutation", TENSORS, **settings)
     expected = torch.zeros(24, dtype=torch.float64)

@@ -276,7 +276,8 @@ def test_scales_multiply_within_their_bound(lengths, dtype, power):
     before = vector.clone()
     found = scale.times(vector, power)
     assert torch.equal(vector, before)
-    expected = (power * scale.table[0]).clamp(-LARGEST_LOG, LARGEST_LOG).exp().repeat_interleave(torch.tensor(lengths)) * vector
+    factors = (power * scale.table[0]).clamp(-LARGEST_LOG, LARGEST_LOG).exp()
+    expected = factors.repeat_interleave(torch.tensor(lengths)) * vector
     torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=0)
 
 

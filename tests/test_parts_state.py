@@ -255,7 +255,7 @@ def test_parts_of_low_precision_parameters_are_float32(base, dtype):
     assert {params[0].dtype, entry["scale"].dtype} == {dtype, torch.float64}
     for name in names:  # they depend on gradients alone
         assert torch.equal(entry[name], entry_of(twin)[name])
-    # Where a rotated gradient is no more than the rounding of bfloat16 there is no step: the twin, of float32, makes it.
+    # Where a rotated gradient is no more than the rounding of bfloat16 there is no step; the twin, of float32, has one.
     atol = 0.05 if base == "soap" and dtype == torch.bfloat16 else 0.02
     torch.testing.assert_close(flat(params).float(), flat(twins), rtol=0.02, atol=atol)
 
