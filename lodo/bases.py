@@ -275,6 +275,8 @@ class SoapBase(AdamBase):
             return self.rotate(g) if rotated is None else rotated
         t = int(steps)
         is_due = t % renewal_interval(t if age is None else int(age)) == 0
+        if not (is_due or t % FACTORS_EVERY == 0 or self._unstarted or self._masked):
+            return self.rotate(g) if rotated is None else rotated
         weight = 1 - (1 - float(self.numbers(t, age)[0])) ** FACTORS_EVERY
         gradients = self._matrices(g)
         has_changed = self._see(gradients) if self._masked else False
@@ -478,7 +480,7 @@ def _improved(average: Tensor, basis: Tensor) -> Tensor:
     """
     scaled = average / average.diagonal().sum().clamp(min=torch.finfo(average.dtype).tiny)
     q, r = torch.linalg.qr(torch.addmm(basis, scaled, basis, beta=SHIFT * torch.finfo(basis.dtype).eps))
-    if not bool(q.isfinite().all()):
+    if not math.isfinite(float(q.sum())):
         return basis.clone()
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
 

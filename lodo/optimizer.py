@@ -371,7 +371,7 @@ class LODO(Optimizer):
         lr = live.lr.get()
         if group["base"] is not None and live.mixture is None:
             lr = lr / (1 - group["beta"] ** (steps + (steps < 1)))  # corrects the momentum for its start at zero
-        age = live.age()
+        age = live.age(steps)
         share = self._look_back(group, live, active) if live.x is not None else None
         if group["base"] is not None:
             live.change_unit_(active)
@@ -414,7 +414,7 @@ class LODO(Optimizer):
         """
         assert live.x is not None
         x, written = live.x, live.extras["written"]
-        live.flat.gather(live.flat.tensors(group["params"]), live.flat.views(x))
+        live.flat.gather(live.flat.tensors(group["params"]), live.x_parts)
         waits = group["base"] == "soap" or live.flat.device.type == "cpu"
         base = live.operator.base if isinstance(live.operator, Composite) else None
         if waits and (not active or torch.equal(x, written) or live.steps.get() <= 1):
@@ -483,12 +483,14 @@ class LODO(Optimizer):
         if live.x is None:
             torch._foreach_sub_(moved, [part for part, is_moved in zip(parts, moves, strict=True) if is_moved])
             return
-        written = live.extras["written"]
-        views = live.flat.views(torch.sub(live.x, step, out=live.x))
+        written, views = live.extras["written"], live.written_parts
+        kept = written.clone() if is_tensor(active) else None
+        torch.sub(live.x, step, out=written)
         torch._foreach_copy_(moved, [view for view, is_moved in zip(views, moves, strict=True) if is_moved])
-        if any(tensor.dtype != live.x.dtype for tensor in moved):
+        if any(tensor.dtype != written.dtype for tensor in moved):
             live.flat.gather(params, views)  # as rounded
-        written.copy_(torch.where(active, live.x, written) if is_tensor(active) else live.x)
+        if kept is not None:
+            torch.where(active, written, kept, out=written)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> StateDict:

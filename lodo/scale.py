@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lodo import kernels, meta
-from lodo.scalars import Number, add_decayed_, is_tensor
+from lodo.scalars import Cell, Number, add_decayed_, is_tensor
 
 LARGEST_LOG = math.log(1e8)  # of S: nothing that judges it may drive it beyond
 
@@ -38,6 +38,7 @@ class Scale:
     def __init__(self, table: Tensor, moves: Tensor, lengths: list[int], levels: Tensor | None = None) -> None:
         self.table, self.moves, self._lengths = table, moves, lengths
         self.levels = table.new_zeros(1 + len(lengths)) if levels is None else levels
+        self._last_lr = Cell(self.levels[0])
         self._parts = moves.split(lengths)
         self._offsets = kernels.offsets(lengths)
         self._is_native = kernels.native.available(moves)
@@ -48,20 +49,18 @@ class Scale:
         A rise of lr is a rise of the step that lr stands for, not of what the scale has made of it: it leaves lr * S on
         no tensor above both lr and the largest lr * S so far.
         """
-        s, last, peak = self.table[0], self.levels[0], self.levels[1:]
-        if is_tensor(lr):
+        if not is_tensor(lr):
+            before = self._last_lr.get()
+            if lr > before:
+                torch.minimum(self.table[0], (self.levels[1:].clamp(min=lr) / lr).log_(), out=self.table[0])
+            if lr != before:
+                self._last_lr.set(lr)
+        else:
+            s, last, peak = self.table[0], self.levels[0], self.levels[1:]
             lr = torch.where(active, lr.to(last.dtype), last)
             most = (torch.maximum(peak, lr) / lr).log().nan_to_num_(0.0, posinf=0.0)
             s.copy_(torch.where(lr > last, torch.minimum(s, most), s))
-        elif lr > float(last):
-            torch.minimum(s, (peak.clamp(min=lr) / lr).log_(), out=s)
-        last.copy_(lr) if is_tensor(lr) else last.fill_(lr)
-
-    def _reach_(self, active: Number) -> None:
-        """Takes the present lr * S into the largest."""
-        now = self.table[0].exp().mul_(self.levels[0] if is_tensor(active) else float(self.levels[0]))
-        peak = self.levels[1:]
-        torch.maximum(peak, torch.where(active, now, peak) if is_tensor(active) else now, out=peak)
+            last.copy_(lr)
 
     def correct_(self, change: Tensor, is_held: Tensor) -> None:
         """Takes out of the trace the moves that somebody has undone.
@@ -84,15 +83,15 @@ class Scale:
         """
         by = meta.descent(scale_lr, steps, active, age)
         if self._is_native:
-            kernels.native.scale_learn_(self.table, self.moves, g, self._offsets, by, LARGEST_LOG)
+            kernels.native.scale_learn_(self.table, self.levels, self.moves, g, self._offsets, by, LARGEST_LOG)
             return
         pairs = zip(g.split(self._lengths), self._parts, strict=True)
         h = torch.stack([torch.dot(part, move) for part, move in pairs]).neg_()
         meta.descend_(self.table, h, by, LARGEST_LOG)
+        torch.maximum(self.levels[1:], self.table[0].exp().mul_(self.levels[0]), out=self.levels[1:])
 
     def record_(self, step: Tensor, trace: float, active: Number) -> None:
         """Takes the step that is being made, shape (n,), into the trace."""
-        self._reach_(active)
         active = active.to(step.dtype) if is_tensor(active) else active
         add_decayed_(self.moves, step, 1 - active * (1 - trace))
 

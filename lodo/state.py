@@ -80,6 +80,10 @@ class GroupState:
     mixture: Mixture | None = field(init=False, default=None)
     lr: Cell = field(init=False)
     x: Tensor | None = field(init=False, default=None)  # the parameters, where what became of the last step counts
+    x_parts: list[Tensor] = field(init=False)  # these four where there is that
+    written_parts: list[Tensor] = field(init=False)
+    unit_cell: Cell = field(init=False)
+    reset_at: Cell = field(init=False)
     sizes: Sequence[Number] = field(init=False, default=())  # sums of squares of each tensor's gradient
     next_unit: Number = field(init=False, default=1.0)
     network_options: dict[str, Any] = field(init=False, default_factory=dict)  # of the group, that the network is of
@@ -102,16 +106,20 @@ class GroupState:
         first = self.momentum.data_ptr()
         self._offsets = [part.data_ptr() - first for part in self.momentum_parts]
         self._cuts = kernels.offsets(self.flat.lengths)
+        self._is_native = kernels.native.available(self.gradient)
 
     def measure(self, group: dict[str, Any]) -> Number:
         """The sum of squares of the gradient, in the unit that it calls for, which is `next_unit` then."""
         if "unit" not in self.extras:
             return energy(self.gradient)
-        self.sizes = kernels.energies(self.gradient, self.flat.lengths, self._cuts)
+        if self._is_native:
+            self.sizes = kernels.native.energies(self.gradient, self._cuts)
+        else:
+            self.sizes = kernels.energies(self.gradient, self.flat.lengths)
         total = sum(self.sizes)
         if group["base"] is None:
             return total
-        self.next_unit = next_unit(Cell(self.extras["unit"]).get(), total**0.5)
+        self.next_unit = next_unit(self.unit_cell.get(), total**0.5)
         return total / choose(self.next_unit > 0, self.next_unit, 1.0) ** 2
 
     def idle(self, group: dict[str, Any], active: Number) -> Sequence[Number] | None:
@@ -124,7 +132,7 @@ class GroupState:
 
     def change_unit_(self, active: Number) -> None:
         """Brings the gradient, and what is kept of earlier ones, into the unit that `measure` has found."""
-        cell = Cell(self.extras["unit"])
+        cell = self.unit_cell
         before, unit = cell.get(), self.next_unit
         if is_tensor(unit):
             unit = torch.where(active, unit, before)
@@ -197,7 +205,10 @@ class GroupState:
         levels = self.extras.get("scale_levels")
         self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths, levels)
         self.mixture = None if group["decays"] is None else self._mixture(group)
-        self.x = self.flat.new_vector() if "written" in self.extras else None
+        if "written" in self.extras:
+            self.x = self.flat.new_vector()
+            self.x_parts, self.written_parts = self.flat.views(self.x), self.flat.views(self.extras["written"])
+            self.unit_cell, self.reset_at = Cell(self.extras["unit"]), Cell(self.extras["reset_at"])
         self.operator = self.preconditioner
         if group["base"] is not None or self.scale is not None:
             base = None if group["base"] is None else self._base(group)
@@ -209,15 +220,15 @@ class GroupState:
         """What gradients, and all that is kept of them, are divided by (see `lodo.bases`)."""
         return self.operator.unit if isinstance(self.operator, Composite) else 1.0
 
-    def age(self) -> Number | None:
-        """The steps taken since learning began anew, to compute with; None where nothing beyond the paper learns."""
-        return self.count() - Cell(self.extras["reset_at"]).get() if "reset_at" in self.extras else None
+    def age(self, steps: Number) -> Number | None:
+        """Of so many steps, those since learning began anew; None where nothing beyond the paper learns."""
+        return None if self.x is None else steps - self.reset_at.get()
 
     def reset_(self, group: dict[str, Any]) -> None:
         """Lets what learns ever more slowly begin anew, over the statistics of gradients that there are."""
         if "reset_at" not in self.extras:
             return
-        Cell(self.extras["reset_at"]).set(self.count())
+        self.reset_at.set(self.count())
         for name in ("scale", "moves", "mixture"):
             if name in self.extras:
                 self.extras[name].zero_()
@@ -246,7 +257,7 @@ class GroupState:
             self.mixture.table[2].mul_(factor**4)
         if isinstance(self.operator, Composite) and self.operator.base is not None:
             self.operator.base.rescale_(factor)
-        Cell(self.extras["unit"]).set(unit)
+        self.unit_cell.set(unit)
 
     def keep_momentum(self, momentum: Tensor) -> None:
         """Rounds the momentum of a step into the one that is kept, unless they are the same."""

@@ -41,11 +41,9 @@ def for_rounding(values: Tensor) -> ModuleType:
     return native if native.available(values) else for_vectors(values)
 
 
-def energies(vector: Tensor, lengths: Sequence[int], at: Tensor) -> Sequence[scalars.Number]:
-    """The sums of squares of the parts of a vector that have these lengths and begin `at` these offsets, with no
-    overflow in between."""
-    if native.available(vector):
-        return native.energies(vector, at)
+def energies(vector: Tensor, lengths: Sequence[int]) -> Sequence[scalars.Number]:
+    """The sums of squares of the parts of a vector that have these lengths, with no overflow in between: in plain
+    torch what `native.energies` does."""
     wide = torch.float32 if vector.device.type == "mps" else torch.float64
     if not lengths:
         return []

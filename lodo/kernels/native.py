@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             # Pointers; decays and tensors, or tensors; threads; numbers.
             ("judge", [pointer] * 11 + [size] * 2 + [integer] + [number] * 16),
             ("advance", [pointer] * 13 + [size] * 2 + [integer] + [number] * 12),
-            ("scale_learn", [pointer] * 4 + [size] + [integer] + [number] * 7),
+            ("scale_learn", [pointer] * 5 + [size] + [integer] + [number] * 7),
             ("energies", [pointer] * 3 + [size] + [integer]),
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
@@ -221,16 +222,20 @@ def advance_(
     _call_parts("advance", tensors, _sizes(tensors), *numbers)
 
 
-def scale_learn_(table: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: meta.Descent, bound: float) -> None:
+def scale_learn_(
+    table: Tensor, levels: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: meta.Descent, bound: float
+) -> None:
     """`lodo.scale.Scale.learn_`."""
-    _call_parts("scale_learn", (g, moves, table, offsets), table.shape[1:], *by, meta.tiny(table.dtype), bound)
+    tensors = (g, moves, table, levels, offsets)
+    _call_parts("scale_learn", tensors, table.shape[1:], *by, meta.tiny(table.dtype), bound)
 
 
 def energies(vector: Tensor, offsets: Tensor) -> list[float]:
     """The sum of squares of each tensor's part of a vector, with no overflow in between."""
-    sums = torch.empty(offsets.numel() - 1, dtype=torch.float64, device="cpu")
-    _call_parts("energies", (vector, sums, offsets), sums.shape)
-    return sums.tolist()
+    count = offsets.numel() - 1
+    sums = (ctypes.c_double * count)()
+    _function("energies", vector.dtype)(vector.data_ptr(), sums, offsets.data_ptr(), count, torch.get_num_threads())
+    return list(sums)
 
 
 def _sizes(tensors: Sequence[Tensor | None]) -> tuple[int, int]:
@@ -243,6 +248,10 @@ def _sizes(tensors: Sequence[Tensor | None]) -> tuple[int, int]:
 def _call_parts(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *numbers: float) -> None:
     """Calls an entry point of parts.cpp for the first tensor's dtype: contiguous tensors, sizes, threads, numbers."""
     assert tensors[0] is not None
-    function = getattr(_load(), f"lodo_{name}_{SUFFIX[tensors[0].dtype]}")
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    function(*pointers, *sizes, torch.get_num_threads(), *numbers)
+    _function(name, tensors[0].dtype)(*pointers, *sizes, torch.get_num_threads(), *numbers)
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_load(), f"lodo_{name}_{SUFFIX[dtype]}")

@@ -348,12 +348,13 @@ void advance(T *gains, const T *g, T *m, T *e, T *step, const double *scale, con
 }
 
 template <typename T>
-void scale_learn(const T *g, const T *moves, double *table, const Group &group, const Descent &by) {
+void scale_learn(const T *g, const T *moves, double *table, double *levels, const Group &group, const Descent &by) {
   const Cut cut(group.offsets, group.tensors, group.threads);
   std::vector<double> parts(cut.chunks.size()), h(group.tensors);
   cut.each([&](int64_t i, const Chunk &at) { parts[i] = dot(g + at.first, moves + at.first, at.end - at.first); });
   for (size_t i = 0; i < cut.chunks.size(); ++i) h[cut.chunks[i].tensor] -= parts[i];
   descend(table, group.tensors, h.data(), by);
+  for (int64_t j = 0; j < group.tensors; ++j) levels[1 + j] = std::max(levels[1 + j], levels[0] * std::exp(table[j]));
 }
 
 template <typename T> void energies(const T *g, double *sums, const Group &group) {
@@ -388,10 +389,10 @@ template <typename T> void energies(const T *g, double *sums, const Group &group
                {momenta, table, decay, decays}, {offsets, tensors, threads}, steps, beta, T(trace), T(lr), largest,    \
                idle, coast);                                                                                           \
   }                                                                                                                    \
-  extern "C" void lodo_scale_learn_##SUFFIX(const T *g, const T *moves, double *table, const int64_t *offsets,         \
-                                            int64_t tensors, int threads, double rate, double forget1, double forget2, \
-                                            double bias1, double bias2, double tiny, double bound) {                   \
-    scale_learn<T>(g, moves, table, {offsets, tensors, threads},                                                       \
+  extern "C" void lodo_scale_learn_##SUFFIX(                                                                           \
+      const T *g, const T *moves, double *table, double *levels, const int64_t *offsets, int64_t tensors, int threads, \
+      double rate, double forget1, double forget2, double bias1, double bias2, double tiny, double bound) {            \
+    scale_learn<T>(g, moves, table, levels, {offsets, tensors, threads},                                               \
                    {rate, forget1, forget2, bias1, bias2, tiny, bound});                                               \
   }                                                                                                                    \
   extern "C" void lodo_energies_##SUFFIX(const T *g, double *sums, const int64_t *offsets, int64_t tensors,            \
