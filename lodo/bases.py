@@ -244,17 +244,16 @@ class SoapBase(AdamBase):
         if self._others:
             torch._foreach_copy_([after[place] for place in self._others], [before[place] for place in self._others])
         with _own_precision(v):
-            for each in self._factored:
-                *firsts, last = each.factors
-                matrix, found = before[each.place].view(each.shape), after[each.place].view(each.shape)
-                is_masked = each.place in self._masked
+            for place, shape, (*firsts, last), _, seen in self._factored:
+                matrix, found = before[place].view(shape), after[place].view(shape)
+                is_masked = place in self._masked
                 if is_masked and not back:
-                    matrix = matrix * (each.seen == SEEN)
+                    matrix = matrix * (seen == SEEN)
                 for factor in firsts:
                     matrix = factor.times(matrix, factor.back if back else factor.ahead)
                 last.times(matrix, last.back if back else last.ahead, out=found)
                 if is_masked and back:
-                    found.mul_(each.seen == SEEN)
+                    found.mul_(seen == SEEN)
         return turned
 
     def _matrices(self, vectors: Tensor) -> list[Tensor]:

@@ -94,6 +94,7 @@ class GroupState:
     # The DTensors among them, with the tensors of this rank that they are made of.
     _shown: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
     _places: dict[str, int] = field(init=False, default_factory=dict)  # where the extras lie in memory
+    _watched: list[Tensor] | None = field(init=False, default=None)
     _versions: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -213,6 +214,10 @@ class GroupState:
         if group["base"] is not None or self.scale is not None:
             base = None if group["base"] is None else self._base(group)
             self.operator = put_together(self.preconditioner, base, self.scale, self.count(), self.flat.lengths)
+        self._watched = None
+        if self.operator is not self.preconditioner:
+            tensors = (self.preconditioner.theta, *self.extras.values())
+            self._watched = [tensor for tensor in tensors if not tensor.is_inference()]  # which have no versions
         self._versions = self._present_versions()
 
     @property
@@ -270,10 +275,7 @@ class GroupState:
 
     def _present_versions(self) -> list[int] | None:
         """How often the tensors were written to that `operator` has computed something from; None if it has not."""
-        if self.operator is self.preconditioner:
-            return None
-        tensors = (self.preconditioner.theta, *self.extras.values())
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return None if self._watched is None else [tensor._version for tensor in self._watched]
 
     def is_bound_to(self, state: State, group: dict[str, Any]) -> bool:
         """Whether `state` still holds these very tensors, in the dtypes that parameters and options ask for, and nobody

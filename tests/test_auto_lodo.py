@@ -6,6 +6,7 @@ import inspect
 import io
 import os
 import sys
+from collections import UserList
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -216,6 +217,17 @@ def test_it_is_made_from_a_class_path_and_the_lists_that_yaml_has():
         "base": "adam",
     }
     train(model, optimizer, 0, 3)
+
+
+def test_decays_may_be_a_sequence_of_a_configurations_own_and_are_saved_as_plain_numbers():
+    """As Hydra's lists are, which are no `list`."""
+    model, file = mlp(), io.BytesIO()
+    optimizer = lodo.AutoLODO(model.parameters(), decays=UserList([0.0, 0.9]))
+    train(model, optimizer, 0, 2)
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    (group,) = torch.load(file, weights_only=True)["param_groups"]
+    assert group["decays"] == (0.0, 0.9)
 
 
 @pytest.mark.parametrize(
