@@ -24,6 +24,7 @@ NEEDS = {
     "test_properties.py": ("hypothesis",),
     "test_seeing_inside.py": ("matplotlib", "tqdm"),
     "test_train_classifier.py": ("matplotlib", "tqdm"),
+    "test_users_sequences.py": ("hypothesis",),
 }
 collect_ignore = [name for name, packages in NEEDS.items() if not all(map(find_spec, packages))]
 
