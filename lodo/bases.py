@@ -286,7 +286,7 @@ class SoapBase(AdamBase):
                 each.learn_(gradient, weight)
             if is_first or (is_due and each.place not in self._unstarted):
                 with _own_precision(g):
-                    each.renew_([own[index] for own in matrices], is_first)
+                    each.renew_([own[index] for own in matrices], gradient if is_first else None)
                 has_changed = True
             if is_first:
                 self._unstarted.discard(each.place)
@@ -363,10 +363,14 @@ class _Factor:
         one, other = (matrix, matrix.T) if self.side == 0 else (matrix.T, matrix)
         self.average.addmm_(one, other, beta=1 - weight, alpha=weight)
 
-    def renew_(self, is_first: bool) -> Tensor:
-        """Brings the eigenvectors up to date; returns what `times` turns matrices in the old ones' coordinates into
-        theirs with."""
-        new = _eigenbasis(self.average, self.basis) if is_first else _improved(self.average, self.basis)
+    def renew_(self, first: Tensor | None) -> Tensor:
+        """Brings the eigenvectors up to date, or makes those of the first gradient; returns what `times` turns matrices
+        in the old ones' coordinates into theirs with."""
+        if first is None:
+            new = _improved(self.average, self.basis)
+        else:  # in float64 from here on, for float32 does not tell apart the vectors of singular values that are close
+            wide = first.to(_wide(first.device))
+            new = _eigenbasis(wide @ wide.T if self.side == 0 else wide.T @ wide, self.basis)
         turn = new.T @ self.basis
         self.basis.copy_(new)
         return turn if self.side == 0 else turn.T
@@ -387,11 +391,14 @@ class _Factored(NamedTuple):
         for factor in self.factors:
             factor.learn_(matrix, weight)
 
-    def renew_(self, kept: Sequence[Tensor], is_first: bool) -> None:
-        """Brings the eigenvectors up to date, and matrices into their coordinates. v goes along as if gradients were
-        uncorrelated in the old ones: what stayed behind would not fit the momenta, least of all in a null space."""
+    def renew_(self, kept: Sequence[Tensor], first: Tensor | None) -> None:
+        """Brings the eigenvectors up to date, or makes those of the first gradient; turns matrices along.
+
+        v goes along as if gradients were uncorrelated in the old ones: what stayed behind would not fit the momenta,
+        least of all in a null space.
+        """
         for factor in self.factors:
-            turn = factor.renew_(is_first)
+            turn = factor.renew_(first)
             for matrix in kept:
                 matrix.copy_(factor.times(matrix, turn))
             self.square.copy_(factor.times(self.square, turn * turn))
@@ -459,7 +466,7 @@ def _eigenbasis(average: Tensor, fallback: Tensor) -> Tensor:
     In float64, for decompositions of singular float32 matrices fail or return NaN; with a little of the identity if
     that does too, and `fallback` if nothing helps.
     """
-    wide = torch.float32 if average.device.type == "mps" else torch.float64
+    wide = _wide(average.device)
     scaled = average.to(wide)
     scaled = scaled / scaled.diagonal().mean().clamp(min=torch.finfo(wide).tiny)
     for shift in (0.0, 1e-12, 1e-6):
@@ -468,7 +475,7 @@ def _eigenbasis(average: Tensor, fallback: Tensor) -> Tensor:
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
         if _is_orthogonal(found):
-            return found.flip(1).to(average.dtype)
+            return found.flip(1).to(fallback.dtype)
     return fallback.clone()
 
 
@@ -482,6 +489,11 @@ def _improved(average: Tensor, basis: Tensor) -> Tensor:
     if not math.isfinite(float(q.sum())):
         return basis.clone()
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _is_orthogonal(q: Tensor) -> bool:

@@ -448,9 +448,10 @@ class LODO(Optimizer):
             # the tensor's mean is taken.
             base = live.operator.base if isinstance(live.operator, Composite) else None
             sizes = [1.0] * len(live.flat.lengths) if base is None else base.typical(steps - 1)
-            pull = live.flat.views(live.x.clone())
-            torch._foreach_mul_(pull, [float(size) for size in sizes] if live.flat.device.type == "cpu" else sizes)
-            g = g + torch.cat([part.reshape(-1) for part in pull]).mul_(group["weight_decay"])
+            pull = live.x.clone()
+            on_host = live.flat.device.type == "cpu"
+            torch._foreach_mul_(live.flat.views(pull), [float(size) for size in sizes] if on_host else sizes)
+            g = g.add(pull, alpha=group["weight_decay"])
         active = active * (live.last_lr.get() > 0)  # steps of length zero have told nothing
         live.scale.learn_(g, group["scale_lr"], steps, active, age)
 

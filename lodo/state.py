@@ -113,11 +113,13 @@ class GroupState:
         """The sum of squares of the gradient, in the unit that it calls for, which is `next_unit` then."""
         if "unit" not in self.extras:
             return energy(self.gradient)
+        found: Any
         if self._is_native:
-            self.sizes = kernels.native.energies(self.gradient, self._cuts)
+            found = kernels.native.energies(self.gradient, self._cuts)
         else:
-            self.sizes = kernels.energies(self.gradient, self.flat.lengths)
-        total = sum(self.sizes)
+            found = kernels.energies(self.gradient, self.flat.lengths)
+        self.sizes = found.unbind() if is_tensor(found) else found
+        total: Number = found.sum() if is_tensor(found) else sum(found)
         if group["base"] is None:
             return total
         self.next_unit = next_unit(self.unit_cell.get(), total**0.5)

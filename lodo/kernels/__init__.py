@@ -41,14 +41,14 @@ def for_rounding(values: Tensor) -> ModuleType:
     return native if native.available(values) else for_vectors(values)
 
 
-def energies(vector: Tensor, lengths: Sequence[int]) -> Sequence[scalars.Number]:
+def energies(vector: Tensor, lengths: Sequence[int]) -> list[float] | Tensor:
     """The sums of squares of the parts of a vector that have these lengths, with no overflow in between: in plain
     torch what `native.energies` does."""
     wide = torch.float32 if vector.device.type == "mps" else torch.float64
     if not lengths:
         return []
     found = torch.stack(torch._foreach_norm(list(vector.split(lengths)), dtype=wide)).square()
-    return found.tolist() if scalars.is_readable(found) else found.unbind()
+    return found.tolist() if scalars.is_readable(found) else found
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:
