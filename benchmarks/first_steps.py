@@ -113,13 +113,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"(default: {OUT})")
     parser.add_argument("--models", type=int, default=200, metavar="N")
     options = parser.parse_args()
-    outcomes = {}
+    machine, outcomes = environment(), {}  # of the code that is loaded, whatever becomes of its files meanwhile
     for seed in range(options.models):
         outcomes[seed] = outcome(seed)
         if outcomes[seed] != "lower":
             print(seed, Drawn.at(seed), outcomes[seed], flush=True)
     counts = {name: list(outcomes.values()).count(name) for name in sorted(set(outcomes.values()))}
-    machine = environment()
     lines = [
         "# First steps of language models",
         "",
