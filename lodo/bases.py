@@ -69,6 +69,8 @@ class AdamBase:
         self.exp_avg_sq = tensors["base_exp_avg_sq"]
         self._unit = Cell(tensors["unit"]) if "unit" in tensors else None
         self._lengths = [shape.numel() for shape in shapes]
+        v = self.exp_avg_sq
+        self._counts = torch.tensor(self._lengths, dtype=v.dtype, device=v.device).clamp(min=1)
         own = [self.exp_avg_sq.dtype] * len(shapes) if dtypes is None else dtypes
         kept = self._rotated(shapes)
         shares = [_rounding(d, self.exp_avg_sq.dtype, n) for d, n in zip(own, self._lengths, strict=True)]
@@ -139,21 +141,22 @@ class AdamBase:
     def hold_(self, g: Tensor, steps: Number, is_held: Tensor | None = None) -> None:
         """Leaves out elements that a bound holds; here they keep nobody else's steps from being their own."""
 
-    def settle_(self, m: Tensor, bias: Number, steps: Number) -> None:
+    def settle_(self, m: Tensor, bias: Number, steps: Number, active: Number = True) -> None:
         """Raises v on every tensor whose |m / bias|^2 is more than LONGEST^2 times the sum of its corrected v."""
         parts = self.exp_avg_sq.split(self._lengths)
         squares = torch.stack(torch._foreach_norm(list(parts), 1.0)) / self.numbers(steps)[1]
         momenta = torch.stack(torch._foreach_norm(list(m.split(self._lengths)))) / bias
         factors = (momenta / LONGEST).square() / squares
-        factors = torch.where((factors > 1) & factors.isfinite(), factors, 1.0)
+        is_due = (factors > 1) & factors.isfinite()
+        factors = torch.where(is_due & (active > 0) if is_tensor(active) else is_due, factors, 1.0)
         if factors.device.type != "cpu" or bool((factors > 1).any()):
             torch._foreach_mul_(list(parts), list(factors.unbind()))
 
     def typical(self, steps: Number) -> list[Tensor]:
         """The root mean square of each tensor's gradients, of which v was made after so many steps."""
         parts = list(self.exp_avg_sq.split(self._lengths))
-        counts = torch.tensor(self._lengths, dtype=self.exp_avg_sq.dtype, device=self.exp_avg_sq.device).clamp(min=1)
-        return list((torch.stack(torch._foreach_norm(parts, 1.0)) / counts / self.numbers(steps)[1]).sqrt().unbind())
+        means = torch.stack(torch._foreach_norm(parts, 1.0)) / self._counts / self.numbers(steps)[1]
+        return list(means.sqrt().unbind())
 
     def gains(self, steps: Number) -> Tensor:
         """The diagonal of D after so many steps, shape (n,), with v corrected for its start at zero; in units of the
@@ -205,7 +208,7 @@ class SoapBase(AdamBase):
                 )
         self._others = sorted(set(range(len(shapes))) - {each.place for each in self._factored})
         # Those whose basis is still to come, with their first gradient, and those with elements that M leaves out.
-        self._unstarted = {each.place for each in self._factored if not each.factors[0].average.any()}
+        self._unstarted = {each.place for each in self._factored if not each.seen.any()}
         self._masked = {each.place for each in self._factored if bool((each.seen != SEEN).any())}
         self._held = {each.place for each in self._factored if bool((each.seen > SEEN).any())}
 

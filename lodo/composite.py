@@ -28,10 +28,12 @@ class Composite(Operator):
 
     _gains: Tensor | None
     _root: Tensor | None
+    _kept: Tensor | None
 
     def __init__(self, network: Preconditioner, base: AdamBase | None, scale: Scale | None, steps: Number) -> None:
         self.network, self.base, self.scale = network, base, scale
         self.size, self.drift = network.size, network.drift
+        self._gains = self._kept = None
         self._refresh(steps)
 
     @property
@@ -98,19 +100,25 @@ class Composite(Operator):
         self.base.take_in_(rotated, active, steps, age)
         return rotated
 
-    def settle_(self, m: Tensor, bias: Number, steps: Number) -> None:
+    def settle_(self, m: Tensor, bias: Number, steps: Number, active: Number = True) -> None:
         """Takes into T what base and scale have learned."""
         if self.base is not None:
-            self.base.settle_(m, bias, steps)
+            self.base.settle_(m, bias, steps, active)
         self._refresh(steps)
 
     def _refresh(self, steps: Number) -> None:
         """Computes, once a step, all of the operator if it is diagonal, else `root`."""
-        self._steps, self._root, self._gains = steps, None, None
-        if is_diagonal(self.network):
-            self._gains = self.network.apply(self._squares())
+        self._steps, self._root = steps, None
+        found = self._squares()
+        found = self.network.apply(found) if is_diagonal(self.network) else found.sqrt_()
+        if self._kept is None:
+            self._kept = found
         else:
-            self._root = self._squares().sqrt_()
+            self._kept.copy_(found)  # in place, for a CUDA graph reads it where it was when it was captured
+        if is_diagonal(self.network):
+            self._gains = self._kept
+        else:
+            self._root = self._kept
 
     def _squares(self) -> Tensor:
         """The diagonal of S D."""

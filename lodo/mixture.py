@@ -72,7 +72,10 @@ class Mixture:
         for momentum, beta in zip(self.momenta, self.decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
             if idle is not None and beta > COAST:
-                faster = [choose(is_idle, COAST / beta, 1.0) for is_idle in idle]
+                faster: list[Number] = [choose(is_idle, COAST / beta, 1.0) for is_idle in idle]
+                if any(is_tensor(factor) for factor in faster):
+                    flags = torch.stack([torch.as_tensor(is_idle, device=m.device) for is_idle in idle])
+                    faster = list(torch.where(flags, self.decays.new_tensor(COAST / beta), 1.0).to(m.dtype).unbind())
                 torch._foreach_mul_(list(momentum.split(self._lengths)), faster)
         w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)

@@ -417,7 +417,9 @@ class LODO(Optimizer):
         live.flat.gather(live.flat.tensors(group["params"]), live.x_parts)
         waits = group["base"] == "soap" or live.flat.device.type == "cpu"
         base = live.operator.base if isinstance(live.operator, Composite) else None
-        if waits and (not active or torch.equal(x, written) or live.steps.get() <= 1):
+        if waits and not active:
+            return None
+        if waits and (torch.equal(x, written) or live.steps.get() <= 1):
             if base is not None:
                 base.hold_(live.gradient, live.steps.get())
             return None
@@ -425,8 +427,9 @@ class LODO(Optimizer):
         change = torch.where(active, change, 0) if is_tensor(active) else change
         made = live.operator.apply(live.momentum.to(x.dtype)).mul_(live.last_lr.get() * live.unit)
         step = live.operator.rotate_back(made)
-        if live.scale is not None and group["weight_decay"] > 0:
-            step.add_(_decay(group, live, x, live.last_lr.get()))
+        if group["weight_decay"] > 0:
+            lr = live.last_lr.get() if live.scale is None else live.scale.levels[0]  # as nothing has shortened it
+            step.add_(_decay(group, live, x, lr))
         rounding = x.abs().mul_(2 * live.flat.coarsest)
         if live.scale is not None:
             live.scale.correct_(change, taken_back(step, change, rounding, slack=1e-2))

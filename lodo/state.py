@@ -123,7 +123,7 @@ class GroupState:
         if group["base"] is None:
             return total
         self.next_unit = next_unit(self.unit_cell.get(), total**0.5)
-        return total / choose(self.next_unit > 0, self.next_unit, 1.0) ** 2
+        return (total**0.5 / choose(self.next_unit > 0, self.next_unit, 1.0)) ** 2
 
     def idle(self, group: dict[str, Any], active: Number) -> Sequence[Number] | None:
         """For `lodo.mixture`: whether the gradient of each parameter is zero, if that of one is that has one."""
@@ -189,6 +189,8 @@ class GroupState:
             self.extras[name] = torch.zeros(wanted[name], dtype=dtype, device=self.flat.device)
         if "trace" in missing:
             self.extras["trace"].copy_(self.momentum)
+        if "written" in missing:
+            self.flat.gather(self.flat.tensors(group["params"]), self.flat.views(self.extras["written"]))
         if "base_exp_avg_sq" in missing:
             self._base(group).start_()
         if "mixture" in missing:
@@ -209,7 +211,7 @@ class GroupState:
         self.scale = None if table is None else Scale(table, self.extras["moves"], self.flat.lengths, levels)
         self.mixture = None if group["decays"] is None else self._mixture(group)
         if "written" in self.extras:
-            self.x = self.flat.new_vector()
+            self.x = self.flat.new_vector() if self.x is None else self.x  # a CUDA graph reads it where it was
             self.x_parts, self.written_parts = self.flat.views(self.x), self.flat.views(self.extras["written"])
             self.unit_cell, self.reset_at = Cell(self.extras["unit"]), Cell(self.extras["reset_at"])
         self.operator = self.preconditioner
@@ -537,6 +539,8 @@ def bind(group: dict[str, Any], state: State) -> GroupState:
     flat.gather([local(state[p]["momentum"]) for p in params], parts)
     entry = entry_of(group, state)
     if "theta" not in entry:
+        if group["base"] is not None:  # its unit and its coordinates are lost
+            momentum.zero_()
         return replace(start(group), momentum=momentum, momentum_parts=parts)
 
     def here(name: str, dtype: torch.dtype | None = None) -> Any:

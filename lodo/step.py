@@ -115,7 +115,7 @@ def lodo_step(
         m.lerp_(rotated, active * (1 - beta))
     else:
         mixture.mix_(m, rotated, steps, active, idle)
-    preconditioner.settle_(m, 1 if mixture is not None else 1 - beta ** (steps + (steps < 1)), steps)
+    preconditioner.settle_(m, 1 if mixture is not None else 1 - beta ** (steps + (steps < 1)), steps, active)
     if e is not None:
         add_decayed_(e, m * active if is_tensor(active) else m, 1 - active * (1 - trace))
     step = preconditioner.rotate_back(preconditioner.apply(m).mul_(lr))

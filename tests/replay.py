@@ -89,6 +89,8 @@ class Replay:
             self.extras["trace"].copy_(self.momentum)
         if "base_exp_avg_sq" in missing:
             self.base().start_()
+        if "written" in missing:
+            self.extras["written"].copy_(self.flat(self.values))
         if "mixture" in missing:
             self.mixture().start_(self.options["beta"])
 
@@ -212,10 +214,11 @@ class Replay:
         assert self.momentum is not None
         unit = operator.unit if isinstance(operator, Composite) else 1.0
         step = operator.rotate_back(operator.apply(self.momentum.to(self.dtype)) * (self.last_lr * unit))
+        if self.options["weight_decay"]:
+            scale = operator.scale if isinstance(operator, Composite) else None
+            step = step + self.decay(scale, self.last_lr if scale is None else scale.levels[0])
         change, rounding = x - written, x.abs() * 2 * max(torch.finfo(value.dtype).eps for value in self.values)
         if isinstance(operator, Composite) and operator.scale is not None:
-            if self.options["weight_decay"]:
-                step = step + self.decay(operator.scale, self.last_lr)
             operator.scale.correct_(change, taken_back(step, change, rounding, slack=1e-2))
         if self.options["base"] is not None:
             is_held = taken_back(step, change, rounding, slack=1e-5) & (step * gradient > 0)

@@ -82,13 +82,13 @@ class Operator(ABC):
         """
         return self.rotate(g) if rotated is None else rotated
 
-    def settle_(self, m: Tensor, bias: Number, steps: Number) -> None:
+    def settle_(self, m: Tensor, bias: Number, steps: Number, active: Number = True) -> None:
         """Makes the operator the one of step number `steps`, now that it is known which m it will be applied to.
 
         Args:
             m: rotated momentum, shape (n,).
             bias: what m is yet to be divided by, for its start at zero.
-            steps: as for `observe_`.
+            steps, active: as for `observe_`.
         """
         return
 
