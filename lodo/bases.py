@@ -289,7 +289,7 @@ class SoapBase(AdamBase):
                 each.learn_(gradient, weight)
             if is_first or (is_due and each.place not in self._unstarted):
                 with _own_precision(g):
-                    each.renew_([own[index] for own in matrices], gradient if is_first else None)
+                    each.renew_([own[index] for own in matrices], is_first)
                 has_changed = True
             if is_first:
                 self._unstarted.discard(each.place)
@@ -366,14 +366,10 @@ class _Factor:
         one, other = (matrix, matrix.T) if self.side == 0 else (matrix.T, matrix)
         self.average.addmm_(one, other, beta=1 - weight, alpha=weight)
 
-    def renew_(self, first: Tensor | None) -> Tensor:
-        """Brings the eigenvectors up to date, or makes those of the first gradient; returns what `times` turns matrices
-        in the old ones' coordinates into theirs with."""
-        if first is None:
-            new = _improved(self.average, self.basis)
-        else:  # in float64 from here on, for float32 does not tell apart the vectors of singular values that are close
-            wide = first.to(_wide(first.device))
-            new = _eigenbasis(wide @ wide.T if self.side == 0 else wide.T @ wide, self.basis)
+    def renew_(self, is_first: bool) -> Tensor:
+        """Brings the eigenvectors up to date; returns what `times` turns matrices in the old ones' coordinates into
+        theirs with."""
+        new = _eigenbasis(self.average, self.basis) if is_first else _improved(self.average, self.basis)
         turn = new.T @ self.basis
         self.basis.copy_(new)
         return turn if self.side == 0 else turn.T
@@ -394,14 +390,14 @@ class _Factored(NamedTuple):
         for factor in self.factors:
             factor.learn_(matrix, weight)
 
-    def renew_(self, kept: Sequence[Tensor], first: Tensor | None) -> None:
-        """Brings the eigenvectors up to date, or makes those of the first gradient; turns matrices along.
+    def renew_(self, kept: Sequence[Tensor], is_first: bool) -> None:
+        """Brings the eigenvectors up to date, and turns matrices along.
 
         v goes along as if gradients were uncorrelated in the old ones: what stayed behind would not fit the momenta,
         least of all in a null space.
         """
         for factor in self.factors:
-            turn = factor.renew_(first)
+            turn = factor.renew_(is_first)
             for matrix in kept:
                 matrix.copy_(factor.times(matrix, turn))
             self.square.copy_(factor.times(self.square, turn * turn))

@@ -305,10 +305,10 @@ def test_the_first_step_over_eigenbases_is_the_polar_factor_of_the_gradient(dtyp
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-3), (torch.float32, 0.1)])
-def test_that_holds_for_gradients_some_of_whose_singular_values_are_close(dtype, tolerance, seed, kernel):
-    step = first_step_of(noisy((32, 32), seed).to(dtype))
-    torch.testing.assert_close(step, torch.eye(32).double(), rtol=0, atol=tolerance)
+def test_that_holds_for_gradients_some_of_whose_singular_values_are_close(seed, kernel):
+    """In float64: averages in float32 do not tell their singular vectors apart."""
+    step = first_step_of(noisy((32, 32), seed))
+    torch.testing.assert_close(step, torch.eye(32).double(), rtol=0, atol=1e-3)
 
 
 # ---- lr ------------------------------------------------------------------------------------------------------------
