@@ -190,7 +190,8 @@ class GroupState:
         if "trace" in missing:
             self.extras["trace"].copy_(self.momentum)
         if "written" in missing:
-            self.flat.gather(self.flat.tensors(group["params"]), self.flat.views(self.extras["written"]))
+            with torch.no_grad():  # a constructor and `state_dict` come here too
+                self.flat.gather(self.flat.tensors(group["params"]), self.flat.views(self.extras["written"]))
         if "base_exp_avg_sq" in missing:
             self._base(group).start_()
         if "mixture" in missing:
