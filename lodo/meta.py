@@ -115,11 +115,12 @@ def descent(rate: float, steps: Number, active: Number, age: Number | None = Non
     """Those of step t = `steps` of the optimizer, the one that is being made included; without effect if not `active`.
 
     The rate is `bounded` by DRIFT: what judges a scale goes on blaming it for a while after it has changed, and without
-    a bound it would run away. `age` counts the steps since learning, and with it the table, began anew; None for all.
+    a bound it would run away. `age` counts the steps since learning began anew, by which it is bounded; None for all.
+    The corrections for a start at zero go by all steps: after `LODO.reset` the first steps are up to three times as long.
     """
-    t = steps + (steps < 1) if age is None else age + (age < 1)
+    t = steps + (steps < 1)
     active = active.to(t.dtype) if is_tensor(active) else float(active)
-    rate = active * bounded(rate, DRIFT, t)
+    rate = active * bounded(rate, DRIFT, t if age is None else age + (age < 1))
     return Descent(rate, active * (1 - BETA1), active * (1 - TABLE_BETA2), 1 - BETA1**t, 1 - TABLE_BETA2**t)
 
 
