@@ -116,7 +116,7 @@ def descent(rate: float, steps: Number, active: Number, age: Number | None = Non
 
     The rate is `bounded` by DRIFT: what judges a scale goes on blaming it for a while after it has changed, and without
     a bound it would run away. `age` counts the steps since learning began anew, by which it is bounded; None for all.
-    The corrections for a start at zero go by all steps: after `LODO.reset` the first steps are up to three times as long.
+    Corrections for a start at zero go by all steps: after `LODO.reset` the first steps are up to thrice as long.
     """
     t = steps + (steps < 1)
     active = active.to(t.dtype) if is_tensor(active) else float(active)
