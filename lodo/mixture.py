@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lodo import meta
-from lodo.scalars import Number, choose, is_tensor
+from lodo.scalars import Number, is_tensor
 
 BOUND = 30.0  # of |u|
 COAST = 0.9
@@ -72,11 +72,12 @@ class Mixture:
         for momentum, beta in zip(self.momenta, self.decays_of, strict=True):
             momentum.lerp_(g, active * (1 - beta))
             if idle is not None and beta > COAST:
-                faster: list[Number] = [choose(is_idle, COAST / beta, 1.0) for is_idle in idle]
-                if any(is_tensor(factor) for factor in faster):
-                    flags = torch.stack([torch.as_tensor(is_idle, device=m.device) for is_idle in idle])
-                    faster = list(torch.where(flags, self.decays.new_tensor(COAST / beta), 1.0).to(m.dtype).unbind())
-                torch._foreach_mul_(list(momentum.split(self._lengths)), faster)
+                parts, factor = list(momentum.split(self._lengths)), COAST / beta
+                if is_tensor(idle[0]):  # then all are
+                    flags = torch.stack(list(idle)).to(m.dtype)
+                    torch._foreach_mul_(parts, list((1 - flags * (1 - factor)).unbind()))
+                else:
+                    torch._foreach_mul_(parts, [factor if is_idle else 1.0 for is_idle in idle])
         w = self.table[0].softmax(0) / self._corrections(steps + (steps < 1))[:, None]
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(m.dtype).unbind(1), strict=True)
         for part, (momenta, weights) in zip(m.split(self._lengths), shares, strict=True):

@@ -154,7 +154,7 @@ class LODO(Optimizer):
         """Lets learning begin anew where the data have changed, and keeps what is known.
 
         Scales, gains and the weights of the momenta, which learn ever more slowly in a long training, go back to their
-        start and learn as they did there; averages last as long and eigenbases are renewed as often as they did. What
+        start and learn at least as fast as there; averages last as long and eigenbases are renewed as often. What
         is known of the gradients stays: momenta, second moments, eigenbases. So do the counts of steps. The paper's
         method learns at a constant rate, and is left as it is.
 
