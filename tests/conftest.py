@@ -3,6 +3,11 @@
 import os
 from importlib.util import find_spec
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported, here and in the processes that tests start: threads of several workers would mostly wait
+    # for each other. Tests of what threads do set their number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -13,18 +18,20 @@ if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter, on CPU tensors. It reads this when it is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest.register_assert_rewrite("tests.helpers")  # so that their asserts say what they found
+
 # What the extra `dev` brings, where a file of tests needs it: a GPU machine may have torch and pytest alone.
 NEEDS = {
-    "test_call_orders.py": ("hypothesis",),
-    "test_faults.py": ("matplotlib", "tqdm"),
-    "test_image_tasks.py": ("matplotlib", "tqdm"),
-    "test_paper_report.py": ("matplotlib", "optuna", "tqdm"),
-    "test_paper_runs.py": ("matplotlib", "tqdm"),
-    "test_paper_search.py": ("matplotlib", "optuna"),
-    "test_properties.py": ("hypothesis",),
-    "test_seeing_inside.py": ("matplotlib", "tqdm"),
-    "test_train_classifier.py": ("matplotlib", "tqdm"),
-    "test_users_sequences.py": ("hypothesis",),
+    "lodo/test_call_orders.py": ("hypothesis",),
+    "lodo/test_faults.py": ("matplotlib", "tqdm"),
+    "examples/test_image_tasks.py": ("matplotlib", "tqdm"),
+    "examples/test_paper_report.py": ("matplotlib", "optuna", "tqdm"),
+    "examples/test_paper_runs.py": ("matplotlib", "tqdm"),
+    "examples/test_paper_search.py": ("matplotlib", "optuna"),
+    "lodo/test_properties.py": ("hypothesis",),
+    "examples/test_seeing_inside.py": ("matplotlib", "tqdm"),
+    "examples/test_train_classifier.py": ("matplotlib", "tqdm"),
+    "lodo/test_users_sequences.py": ("hypothesis",),
 }
 collect_ignore = [name for name, packages in NEEDS.items() if not all(map(find_spec, packages))]
 

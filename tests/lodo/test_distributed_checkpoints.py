@@ -1,0 +1,500 @@
+"""Checkpoints of training on several ranks: torch.distributed.checkpoint and its options, files that are written while
+training goes on, safetensors, what ZeRO and FSDP1 save."""
+
+import json
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+import lodo
+from tests.helpers.distributed_runs import (
+    OPTIONS,
+    assert_same,
+    assert_same_shards,
+    bfloat16_run,
+    ddp_run,
+    everything,
+    from_docs,
+    frozen_run,
+    fsdp1,
+    fsdp_run,
+    hsdp_run,
+    local,
+    local_or_same,
+    network,
+    one_group_run,
+    own_share,
+    parts_run,
+    plain_run,
+    train,
+    two_dimensional_run,
+    whole,
+    zero_run,
+)
+from tests.helpers.oracle import KINDS
+from tests.helpers.ranks import run
+
+
+def save(folder, model, optimizer, **options):
+    state = get_state_dict(model, optimizer, options=StateDictOptions(**options))
+    if options.get("full_state_dict"):
+        if dist.get_rank() == 0:
+            torch.save(state, folder / "full.pt")
+        dist.barrier()
+    else:
+        dcp.save(dict(zip(("model", "optimizer"), state, strict=True)), checkpoint_id=folder)
+
+
+def load(folder, model, optimizer, planner=None, **options):
+    options = StateDictOptions(**options)
+    if options.broadcast_from_rank0:
+        state = torch.load(folder / "full.pt", weights_only=True) if dist.get_rank() == 0 else ({}, {})
+    elif options.full_state_dict:
+        state = torch.load(folder / "full.pt", weights_only=True)
+    else:
+        state = get_state_dict(model, optimizer, options=options)
+        template = dict(zip(("model", "optimizer"), state, strict=True))
+        dcp.load(template, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
+        state = template["model"], template["optimizer"]
+    # Not `set_state_dict`: it leaves the model alone on the ranks that pass nothing and wait for the broadcast.
+    set_model_state_dict(model, state[0], options=options)
+    set_optimizer_state_dict(model, optimizer, state[1], options=options)
+
+
+def resumed(folder, make, options):
+    """Trains, saves, goes on; loads into what another process would make, and goes on with that."""
+    model, optimizer = make()
+    train(model, optimizer, 0, 8, own_share(model))
+    save(folder, model, optimizer, **options)
+    other_model, other = make()
+    load(folder, other_model, other, **options)
+    assert_same_shards(other_model, other, model, optimizer)
+    train(model, optimizer, 8, 16, own_share(model))
+    train(other_model, other, 8, 16, own_share(model))
+    assert_same_shards(other_model, other, model, optimizer)
+
+
+WAYS = {
+    "sharded": {},
+    "flat": {"flatten_optimizer_state_dict": True},
+    "offloaded": {"cpu_offload": True},
+    "trained only": {"ignore_frozen_params": True, "strict": False},
+    "gathered": {"full_state_dict": True},
+    "full": {"full_state_dict": True, "cpu_offload": True},
+    "broadcast": {"full_state_dict": True, "cpu_offload": True, "broadcast_from_rank0": True},
+}
+
+
+def resumed_in_all_ways(folder, cases):
+    for make, ways in cases:
+        for name in ways:
+            path = folder / f"{make.__name__}-{name}"
+            if dist.get_rank() == 0:
+                path.mkdir()
+            dist.barrier()
+            resumed(path, make, WAYS[name])
+
+
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (
+            2,
+            (
+                (ddp_run, tuple(WAYS)),
+                (fsdp_run, ("sharded", "flat", "full", "broadcast")),
+                (bfloat16_run, ("sharded",)),
+                (parts_run, ("sharded", "full")),
+                (frozen_run, ("sharded", "offloaded", "trained only", "gathered")),
+            ),
+        ),
+        (4, ((hsdp_run, ("sharded", "full")), (two_dimensional_run, ("sharded", "flat", "full", "broadcast")))),
+    ],
+    ids=["2 ranks", "4 ranks"],
+)
+def test_distributed_checkpoints_resume_bit_for_bit(tmp_path, world, cases):
+    run(world, resumed_in_all_ways, tmp_path, cases)
+
+
+def momenta(model, optimizer):
+    return {name: whole(optimizer.state[p]["momentum"]) for name, p in model.named_parameters()}
+
+
+def saved_run(folder, make):
+    """Leaves a sharded and a full checkpoint; returns parameters and momentum."""
+    model, optimizer = make()
+    train(model, optimizer, 0, 8)
+    save(folder, model, optimizer)
+    save(folder, model, optimizer, full_state_dict=True, cpu_offload=True)
+    return {name: whole(p) for name, p in model.named_parameters()}, momenta(model, optimizer)
+
+
+def resharded_run(folder, make, ways):
+    """Loads both; returns parameters and momentum. Everything else is as in a new optimizer."""
+    results = []
+    for name in ways:
+        model, optimizer = make()
+        if name == "sharded":  # into one that has its own state
+            train(model, optimizer, 0, 2)
+        _, new = make()
+        for group in new.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        new.step()
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(folder, model, optimizer, planner, **WAYS[name])
+        assert sum("another number of shards" in str(warning.message) for warning in caught) == 1
+        assert optimizer.param_groups[0]["meta_lr"] == OPTIONS["meta_lr"]
+        for entry, fresh in zip(optimizer.state.values(), new.state.values(), strict=True):
+            assert entry.keys() == fresh.keys()
+            for key in entry.keys() - {"momentum"}:
+                assert_same(local_or_same(entry[key]), local_or_same(fresh[key]))
+        results.append(({name: whole(p) for name, p in model.named_parameters()}, momenta(model, optimizer)))
+        train(model, optimizer, 8, 10)
+        assert optimizer.skipped_steps == 0
+    return results
+
+
+SHARDED, FULL = ("sharded",), ("full", "broadcast")
+
+
+@pytest.mark.parametrize(
+    ("worlds", "makers", "ways"),
+    [
+        ((4, 2), (fsdp_run, fsdp_run), SHARDED + FULL),
+        ((2, 4), (fsdp_run, fsdp_run), SHARDED + FULL),
+        # A full state that every rank reads cannot go from one process to shards: torch stops at the 0-dimensional
+        # numbers, which shards keep otherwise.
+        ((1, 2), (plain_run, one_group_run), (*SHARDED, "broadcast")),
+        ((2, 1), (one_group_run, plain_run), SHARDED + FULL),
+    ],
+    ids=["4 to 2", "2 to 4", "1 to 2", "2 to 1"],
+)
+def test_another_number_of_shards_keeps_the_momentum_and_renews_the_networks(tmp_path, worlds, makers, ways):
+    (expected, *_) = run(worlds[0], saved_run, tmp_path, makers[0])
+    for results in run(worlds[1], resharded_run, tmp_path, makers[1], ways):
+        for found in results:
+            assert_same(found, expected)
+
+
+def misfits(folder):
+    """A sharded optimizer refuses, before anything has changed, what it cannot go on from."""
+    model, optimizer = one_group_run()
+    train(model, optimizer, 0, 2)
+    before = everything(model, optimizer)
+    saved = optimizer.state_dict()
+    first = saved["state"][0]
+    theta = first["theta_in_2_shards"]
+    cases = {
+        "theta_in_2_shards must be a DTensor": {"theta_in_2_shards": local(theta)},
+        r"theta_in_2_shards has shape \(\d+,\)": {
+            "theta_in_2_shards": DTensor.from_local(local(theta).repeat(2), theta.device_mesh, theta.placements)
+        },
+        "theta missing": {"theta_in_2_shards": None},
+        "momentum is a plain tensor": {"momentum": whole(first["momentum"])},
+        "format 99": {"format": 99},
+    }
+    for message, changes in cases.items():
+        entry = {name: value for name, value in {**first, **changes}.items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict({**saved, "state": {**saved["state"], 0: entry}})
+        assert_same(*(pytree.tree_map(local_or_same, seen) for seen in (everything(model, optimizer), before)))
+    other = lodo.LODO(network(torch.float32).parameters())
+    with pytest.raises(ValueError, match="its parameter is a plain tensor"):
+        other.load_state_dict(saved)
+
+
+def test_a_state_that_does_not_fit_the_shards_is_refused(tmp_path):
+    run(2, misfits, tmp_path)
+
+
+class HeldWriter(dcp.FileSystemWriter):
+    """Writes nothing until it may."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.may_write = threading.Event()
+
+    def prepare_local_plan(self, plan):
+        assert self.may_write.wait(60)
+        return super().prepare_local_plan(plan)
+
+
+def saved_while_training(folder, makers):
+    """The file holds the state at the time of the call, although the optimizer changes it in place meanwhile."""
+    alone = {} if dist.is_initialized() else {"no_dist": True}
+    group = None if alone else dist.new_group(backend="gloo")
+    default = DefaultStager(StagingOptions(False, False, False, False))  # as torch makes it for a `checkpoint_id`
+    for make in makers:
+        for stager in (default, None):  # None: the writer's own
+            path = folder / f"{make.__name__}-{stager is None}"
+            model, optimizer = make()
+            train(model, optimizer, 0, 4, own_share())
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+            writer = HeldWriter(path)
+            future = dcp.async_save(state, storage_writer=writer, async_stager=stager, process_group=group, **alone)
+            train(model, optimizer, 4, 8, own_share())
+            assert not future.done()
+            writer.may_write.set()
+            future.result()
+            other_model, other = make()
+            load(path, other_model, other)
+            train(other_model, other, 4, 8, own_share())
+            assert_same_shards(other_model, other, model, optimizer)
+
+
+@pytest.mark.parametrize(("world", "makers"), [(1, (fsdp_run,)), (2, (ddp_run, fsdp_run, bfloat16_run))])
+def test_an_asynchronous_save_holds_the_state_at_the_time_of_its_call(tmp_path, world, makers):
+    run(world, saved_while_training, tmp_path, makers)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about running without a process group
+def test_an_asynchronous_save_needs_no_process_group(tmp_path):
+    saved_while_training(tmp_path, (plain_run,))
+
+
+def named_run():
+    """Named parameters, and an lr that is a tensor."""
+    model = network(torch.float32)
+    return model, lodo.LODO(model.named_parameters(), **{**OPTIONS, "lr": torch.tensor(0.1)}, permutation="shuffle")
+
+
+def through_safetensors(folder, makers):
+    save_optimizer, load_optimizer = from_docs("save_optimizer"), from_docs("load_optimizer")
+    for make in makers:
+        path = folder / f"{make.__name__}.safetensors"
+        model, optimizer = make()
+        train(model, optimizer, 0, 5, own_share(model))
+        save_optimizer(path, model, optimizer)
+        other_model, other = make()
+        set_model_state_dict(other_model, get_model_state_dict(model))
+        if dist.is_initialized():
+            dist.barrier()
+        load_optimizer(path, other_model, other)
+        assert_same_shards(other_model, other, model, optimizer)
+        assert other.param_groups[0].keys() == optimizer.param_groups[0].keys()
+        train(model, optimizer, 5, 10, own_share(model))
+        train(other_model, other, 5, 10, own_share(model))
+        assert_same_shards(other_model, other, model, optimizer)
+
+
+def test_a_safetensors_file_resumes_bit_for_bit(tmp_path):
+    pytest.importorskip("safetensors")
+    through_safetensors(tmp_path, (plain_run, named_run))
+
+
+def test_a_safetensors_file_has_names_of_the_model_and_its_format_is_checked(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    files = pytest.importorskip("safetensors.torch")
+    model, optimizer = plain_run()
+    train(model, optimizer, 0, 2)
+    from_docs("save_optimizer")(tmp_path / "saved", model, optimizer)
+    with safetensors.safe_open(tmp_path / "saved", framework="pt") as file:
+        rest = json.loads(file.metadata()["lodo"])
+    tensors = files.load_file(tmp_path / "saved")
+    expected = {f"state.0.weight.{name}" for name in ("theta", "permutations", "meta_step", "steps", "skipped")}
+    assert expected | {f"state.{name}.momentum" for name, _ in model.named_parameters()} < tensors.keys()
+    assert rest["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
+    assert rest["numbers"] == {"state.0.weight.format": 2}
+    rest["numbers"]["state.0.weight.format"] = 99
+    files.save_file(tensors, tmp_path / "later", metadata={"lodo": json.dumps(rest)})
+    with pytest.raises(ValueError, match="the state has format 99"):
+        from_docs("load_optimizer")(tmp_path / "later", model, optimizer)
+
+
+def test_a_safetensors_file_of_several_ranks_resumes_bit_for_bit(tmp_path):
+    pytest.importorskip("safetensors")
+    run(2, through_safetensors, tmp_path, (ddp_run, fsdp_run))
+
+
+def zero_resumed(path):
+    model, optimizer = zero_run()
+    train(model, optimizer, 0, 8, own_share())
+    for receiver in (1, 0):
+        optimizer.consolidate_state_dict(to=receiver)
+    if dist.get_rank() == 0:
+        torch.save(optimizer.state_dict(), path)
+    dist.barrier()
+    other_model, other = zero_run()
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(torch.load(path, weights_only=True))
+    assert_same_shards(other_model, other.optim, model, optimizer.optim)
+    train(model, optimizer, 8, 16, own_share())
+    train(other_model, other, 8, 16, own_share())
+    assert_same_shards(other_model, other.optim, model, optimizer.optim)
+
+
+def zero_refused(path):
+    """Without a word to the other ranks, so that each can tell what it does."""
+    model, optimizer = zero_run()
+    optimizer.load_state_dict(torch.load(path, weights_only=True))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    try:
+        optimizer.optim.step()
+    except RuntimeError as error:
+        assert_same([p.detach() for p in model.parameters()], before)
+        return str(error)
+    return ""
+
+
+def test_zero_resumes_bit_for_bit_on_as_many_ranks_and_is_refused_on_others(tmp_path):
+    path = tmp_path / "zero.pt"
+    run(2, zero_resumed, path)
+    for world in (1, 3):
+        assert "as many ranks as it was saved with" in max(run(world, zero_refused, path))
+
+
+def fsdp1_resumed(use_orig_params, kind):
+    """Each rank's own state dict goes on; another rank's, and what FSDP1 makes of them, is refused."""
+    model = fsdp1(use_orig_params)
+    optimizer = lodo.LODO(model.parameters(), preconditioner=kind, **OPTIONS)
+    train(model, optimizer, 0, 6, own_share())
+    other_model = fsdp1(use_orig_params)
+    other = lodo.LODO(other_model.parameters(), preconditioner=kind, **OPTIONS)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert_same(parameters_and_state(other_model, other), parameters_and_state(model, optimizer))
+    for gather in (FullyShardedDataParallel.optim_state_dict, get_optimizer_state_dict):
+        with pytest.raises((AssertionError, RuntimeError), match=r"Expected dtype|invalid tensor size"):
+            gather(model, optimizer)
+    states = [None, None]
+    dist.all_gather_object(states, optimizer.state_dict())
+    neighbour = 1 - dist.get_rank()
+    # With `use_orig_params` the shapes of the momentum differ too, and are looked at first.
+    message = "has shape" if use_orig_params else rf"gives to rank {neighbour} of 2, this is rank {1 - neighbour} of 2"
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(states[neighbour])
+    train(model, optimizer, 6, 12, own_share())
+    train(other_model, other, 6, 12, own_share())
+    assert_same(parameters_and_state(other_model, other), parameters_and_state(model, optimizer))
+
+
+def parameters_and_state(model, optimizer):
+    return [p.detach() for p in model.parameters()], optimizer.state_dict()["state"]
+
+
+def fsdp1_resumed_in_all_ways():
+    for kind in KINDS:
+        for use_orig_params in (True, False):
+            fsdp1_resumed(use_orig_params, kind)
+
+
+def test_fsdp1_resumes_from_the_state_dict_of_each_rank_alone():
+    run(2, fsdp1_resumed_in_all_ways)
+
+
+@pytest.mark.parametrize("kind", ["block_permutation", "scalar"])
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
+def test_state_of_other_groups_that_is_put_past_the_load_is_refused(numbers, kind):
+    """As ZeRO does; a scalar fits every group."""
+    model = network()
+    groups = {
+        1: [{"params": model.parameters()}],
+        2: [{"params": layer.parameters()} for layer in (model[0], model[2])],
+    }
+    saved, other = (lodo.LODO(groups[number], preconditioner=kind) for number in numbers)
+    train(model, saved, 0, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    other.state.update(saved.state)
+    with pytest.raises(RuntimeError, match="is that of other groups"):
+        other.step()
+    assert_same([p.detach() for p in model.parameters()], before)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_network_of_a_group_with_frozen_parameters_is_loaded(layer, full):
+    """torch loads no state of frozen parameters; into a full state dict it puts that of the new optimizer instead."""
+    options = StateDictOptions(full_state_dict=full)
+
+    def made():
+        model = network()
+        model[layer].requires_grad_(False)
+        return model, lodo.LODO(model.parameters(), **OPTIONS)
+
+    model, optimizer = made()
+    train(model, optimizer, 0, 4)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    other_model, other = made()
+    other_model.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other_model, other, saved, options=options)
+    train(model, optimizer, 4, 8)
+    train(other_model, other, 4, 8)
+    assert_same(everything(other_model, other), everything(model, optimizer))
+
+
+def test_the_network_moves_on_when_the_parameter_that_it_lies_with_is_frozen():
+    (model, optimizer), (other_model, other) = plain_run(), plain_run()
+    train(model, optimizer, 0, 4)
+    train(other_model, other, 0, 4)
+    optimizer.state[model[0].weight]["note"] = "of a hook"
+    model[0].weight.requires_grad_(False)
+    train(model, optimizer, 4, 8)
+    other.register_step_pre_hook(lambda *_: setattr(other_model[0].weight, "grad", None))
+    train(other_model, other, 4, 8)
+    assert optimizer.state[model[0].weight].keys() == {"momentum", "note"}
+    assert optimizer.state[model[0].bias]["steps"] == 8
+    assert torch.equal(optimizer.preconditioners[0].theta, other.preconditioners[0].theta)
+    assert_same(dict(model.named_parameters()), dict(other_model.named_parameters()))
+
+
+def test_a_network_that_torch_leaves_out_is_warned_of():
+    """Saved when all was trained, loaded where the first layer is frozen."""
+    options = StateDictOptions(full_state_dict=True)
+    model, optimizer = plain_run()
+    train(model, optimizer, 0, 4)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    model, optimizer = plain_run()
+    model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="momentum without the network that it belongs to"):
+        set_optimizer_state_dict(model, optimizer, saved, options=options)
+
+
+def test_momentum_in_coordinates_that_torch_leaves_out_is_dropped():
+    """With base="soap" it lies in those of the base, whose factors are lost with the network."""
+    settings, options = {"lr": 1e-2, "base": "soap"}, StateDictOptions(full_state_dict=True)
+    (model, _), (other, _) = plain_run(), plain_run()
+    optimizer, loaded = (lodo.LODO(each.parameters(), **settings) for each in (model, other))
+    train(model, optimizer, 0, 4)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    other[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="momentum without the network that it belongs to"):
+        set_optimizer_state_dict(other, loaded, saved, options=options)
+    assert not any(loaded.state[p]["momentum"].any() for p in other.parameters())
+
+
+def test_a_group_without_a_saved_state_starts_anew_if_that_is_allowed():
+    model = network()
+    optimizer = lodo.LODO(model[0].parameters(), **OPTIONS)
+    train(model, optimizer, 0, 4)
+    saved = get_optimizer_state_dict(model, optimizer)
+    other = lodo.LODO([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.2)
+    with pytest.raises(RuntimeError, match="Missing optimizer state"):
+        set_optimizer_state_dict(model, other, saved)
+    set_optimizer_state_dict(model, other, saved, options=StateDictOptions(strict=False))
+    assert [group["lr"] for group in other.param_groups] == [OPTIONS["lr"], 0.2]
+    assert torch.equal(other.preconditioners[0].theta, optimizer.preconditioners[0].theta)
+    train(model, other, 4, 6)
+    assert other.state[model[0].weight]["steps"] == 6
+    assert other.state[model[2].weight]["steps"] == 2

@@ -1,0 +1,450 @@
+"""The parts of G beside the network: trace, base and scale, each against a plain form of its own in float64."""
+
+import copy
+
+import pytest
+import torch
+
+import lodo
+from tests.helpers.oracle import learned, matvec
+from tests.helpers.parts import (
+    NETWORKS,
+    SHAPES,
+    backward,
+    built,
+    entry_of,
+    flat,
+    loss_of,
+    made,
+    rotated_back,
+    scales,
+    trained,
+)
+
+BASES = (None, "adam", "soap")
+WARM = 12
+FULL = [(0, 3), (1, 4)]  # both sides of a 3 x 4 matrix: (0 for rows or 1 for columns, length)
+
+
+def dense_of(product, size):
+    return torch.stack([product(column) for column in torch.eye(size, dtype=torch.float64)], 1)
+
+
+# ---- Adam ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_identity_over_adam_is_adam(decay, order):
+    """Parameters without a gradient count as zero gradient, and are not written."""
+    shapes = SHAPES[::order]
+    ours, theirs = made(shapes), made(shapes)
+    optimizer = lodo.LODO(ours, lr=0.05, meta_lr=0.7, base="adam", preconditioner="identity", weight_decay=decay)
+    reference = torch.optim.AdamW(theirs, lr=0.05, weight_decay=decay)
+    for step in range(50):
+        backward(ours), backward(theirs)
+        absent = step % 5 if step % 3 == 0 else None
+        before = [p.detach().clone() for p in theirs]
+        if absent is not None:
+            ours[absent].grad = None
+            theirs[absent].grad.zero_()
+        optimizer.step(), reference.step()
+        if absent is not None:
+            theirs[absent].data.copy_(before[absent])
+        torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-11)
+    assert (flat(ours) - flat(made(shapes))).abs().max() > 0.5
+
+
+# ---- SOAP ----------------------------------------------------------------------------------------------------------
+
+SOAP = {
+    "matrices": {(3, 4): FULL, (4, 4): [(0, 4), (1, 4)]},
+    "a matrix and vectors": {(3, 4): FULL, (5,): [], (): []},
+    "vectors alone": {(5,): [(0, 5)], (1,): [], (): [], (3,): [(0, 3)]},
+    "more dimensions": {(2, 3, 2): [(0, 2)], (4, 2, 2): [(0, 4), (1, 4)], (3, 2, 1, 2): FULL},
+    "skew": {(20, 2): [(1, 2)], (1, 6): [], (9, 9): [(0, 9), (1, 9)]},
+    "small and empty": {(1, 1): [], (0, 3): [], (): [], (3, 0): [], (2, 2): [(0, 2), (1, 2)]},
+}
+
+
+def factors_in(packed, sides):
+    """What the state keeps for each tensor: {side: (average, basis)}."""
+    found, first = [], 0
+    for own in sides:
+        found.append({})
+        for side, length in own:
+            found[-1][side] = packed[first : first + 2 * length * length].view(2, length, length)
+            first += 2 * length * length
+    assert first == len(packed)
+    return found
+
+
+def as_matrix(shape):
+    rows = shape[0] if shape else 1
+    return rows, torch.Size(shape).numel() // max(rows, 1)
+
+
+def dense_basis(shapes, factors):
+    """Q (n, n): on a matrix X, Q_L X Q_R^T."""
+    blocks = []
+    for shape, own in zip(shapes, factors, strict=True):
+        sides = [own[i][1] if i in own else torch.eye(d, dtype=torch.float64) for i, d in enumerate(as_matrix(shape))]
+        blocks.append(torch.kron(*(side.contiguous() for side in sides)))
+    return torch.block_diag(*(block for block in blocks if block.numel()))
+
+
+def dense_adam(entry, beta2=0.999):
+    return 1 / ((entry["base_exp_avg_sq"] / (1 - beta2 ** int(entry["steps"]))).sqrt() + 1e-8)
+
+
+class DenseSoap:
+    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n. Of two gradients one
+    goes into the factors, with the weight of both, so that these forget as fast as they would by taking every one. The
+    basis begins with the first gradient that is not zero, and v is carried over into a new one."""
+
+    def __init__(self, shapes, sides, x):
+        self.shapes, self.x = shapes, x.clone()
+        self.factors = [
+            {side: [torch.zeros(d, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)] for side, d in own}
+            for own in sides
+        ]
+        self.m, self.v = torch.zeros_like(x), torch.zeros_like(x)
+        self.has_begun = False
+
+    def step(self, g, lr, t, found):
+        """`found`: the factors of the optimizer, of which the first basis is taken, for eigenvectors are not unique."""
+        before = dense_basis(self.shapes, self.factors)
+        is_first, self.has_begun = bool(g.any()) and not self.has_begun, self.has_begun or bool(g.any())
+        parts = g.split([torch.Size(shape).numel() for shape in self.shapes])
+        for shape, part, own, theirs in zip(self.shapes, parts, self.factors, found, strict=True):
+            matrix = part.view(as_matrix(shape))
+            for side, factor in own.items():
+                if is_first or t % 2 == 0:
+                    square = matrix @ matrix.T if side == 0 else matrix.T @ matrix
+                    factor[0] = 0.999**2 * factor[0] + (1 - 0.999**2) * square
+                if is_first:
+                    factor[1] = theirs[side][1].clone()
+                    turned = factor[1].T @ factor[0] @ factor[1]
+                    torch.testing.assert_close(turned, turned.diagonal().diag(), rtol=0, atol=1e-12)
+                    assert (turned.diagonal().diff() <= 1e-12).all()  # the largest first
+                elif t % 10 == 0 and self.has_begun:
+                    q, r = torch.linalg.qr(factor[0] @ factor[1])
+                    factor[1] = torch.where(r.diagonal() < 0, -q, q)
+        q = dense_basis(self.shapes, self.factors)
+        self.v = (q.T @ before) ** 2 @ self.v
+        self.v = 0.999 * self.v + 0.001 * (q.T @ g) ** 2
+        self.m = 0.9 * self.m + 0.1 * g
+        d = 1 / ((self.v / (1 - 0.999**t)).sqrt() + 1e-8)
+        sizes = [torch.Size(shape).numel() for shape in self.shapes]
+        for v, part, own in zip(self.v.split(sizes), d.split(sizes), self.factors, strict=True):
+            part[v <= (1e-15**2 * v.sum() if own else 0)] = 0  # rounding takes no step
+        self.g = q @ d.diag() @ q.T
+        self.x -= lr / (1 - 0.9**t) * self.g @ self.m
+
+
+@pytest.mark.parametrize("zeros", [0, 2])
+@pytest.mark.parametrize("case", SOAP)
+def test_an_identity_over_soap_is_soap(case, zeros):
+    """Also if the first gradients are zero."""
+    shapes, sides = list(SOAP[case]), list(SOAP[case].values())
+    params = made(shapes)
+    optimizer = lodo.LODO(params, lr=0.05, base="soap", preconditioner="identity")
+    expected = DenseSoap(shapes, sides, flat(params))
+    for t in range(1, 32):
+        g = backward(params)
+        if t <= zeros:
+            g = torch.zeros_like(g)
+            for p in params:
+                p.grad.zero_()
+        optimizer.step()
+        factors = factors_in(entry_of(optimizer)["base_factors"], sides)
+        expected.step(g, 0.05, t, factors)
+        basis = dense_basis(shapes, factors)
+        if t > 1:  # the signs too: what a network has learned of a coordinate must go on meaning the same
+            torch.testing.assert_close(basis, dense_basis(shapes, expected.factors), rtol=0, atol=1e-6)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(len(g), dtype=torch.float64), rtol=0, atol=1e-13)
+        dense = optimizer.preconditioners[0].to_dense()
+        size = float(dense.abs().max())
+        torch.testing.assert_close(dense, expected.g, rtol=0, atol=1e-6 * size)
+        torch.testing.assert_close(dense, dense.T, rtol=0, atol=1e-13 * size)
+        assert torch.linalg.eigvalsh(dense).min() >= -1e-13 * size  # zero where there was no gradient
+        torch.testing.assert_close(flat(params), expected.x, rtol=0, atol=1e-6)
+    assert (flat(params) - flat(made(shapes))).abs().max() > 0.3
+
+
+# ---- G as a matrix -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_lr", [0.0, 0.05])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
+    params, optimizer = trained(kind, base=base, scale_lr=scale_lr, meta_lr=0.02)
+    operator, entry, n = optimizer.preconditioners[0], entry_of(optimizer), sum(p.numel() for p in params)
+    if base is None and not scale_lr:
+        assert isinstance(operator, lodo.preconditioners.BY_NAME[kind])
+        return
+    lengths = torch.tensor([p.numel() for p in params])
+    s = entry["scale"][0].repeat_interleave(lengths) if scale_lr else torch.zeros(n, dtype=torch.float64)
+    assert not scale_lr or entry["scale"][0].unique().numel() == len(SHAPES)
+    d = torch.ones(n, dtype=torch.float64) if base is None else dense_adam(entry)
+    q = torch.eye(n, dtype=torch.float64)
+    if base == "soap":
+        q = dense_basis(SHAPES, factors_in(entry["base_factors"], [FULL, [], [], [(0, 2)], [], []]))
+    t = d.sqrt().diag() @ q.T @ (s / 2).exp().diag()
+    expected, found = t.T @ operator.network.to_dense() @ t, operator.to_dense()
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * size)
+    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-12 * size)
+    assert torch.linalg.eigvalsh(found).min() > 0
+    v = torch.randn(2 * n, dtype=torch.float64)[::2]
+    torch.testing.assert_close(operator.matvec(v), expected @ v, rtol=0, atol=1e-11 * size)
+    with pytest.raises(ValueError, match=rf"v must have shape \({n},\)"):
+        operator.matvec(v[1:])
+
+
+@pytest.mark.parametrize("scale_lr", [0.0, 0.05])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
+    """In these T is diagonal; `matvec` takes a vector there and back. A diagonal network or none is no special case."""
+    params, optimizer = trained(kind, base=base, scale_lr=scale_lr, meta_lr=0.02)
+    operator, entry, n = optimizer.preconditioners[0], entry_of(optimizer), sum(p.numel() for p in params)
+    network, root, q = getattr(operator, "network", operator), scales(params, optimizer).sqrt(), torch.eye(n).double()
+    if base is not None:
+        root = root * dense_adam(entry).sqrt()
+    if base == "soap":
+        q = dense_basis(SHAPES, factors_in(entry["base_factors"], [FULL, [], [], [(0, 2)], [], []]))
+        assert (q - torch.eye(n)).abs().max() > 0.1
+    v = torch.randn(n, dtype=torch.float64)
+    kept = v.clone()
+    product = root * v if kind == "identity" else matvec(network, learned(network), root * v)
+    found, expected = operator.apply(v), root * product
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * size)
+    assert found.data_ptr() != v.data_ptr()
+    torch.testing.assert_close(operator.rotate(v), q.T @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(operator.rotate_back(v), q @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        operator.rotate(operator.matvec(operator.rotate_back(v))), found, rtol=0, atol=1e-12 * size
+    )
+    assert torch.equal(v, kept)
+
+
+@pytest.mark.parametrize("decays", [None, (0.0, 0.9, 0.99)])
+@pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
+def test_what_is_kept_is_turned_with_the_basis(kind, decays, kernel):
+    """Turned back it is what plain averages of the gradients are, through four changes of the basis."""
+    params, optimizer = built(kind, base="soap", trace=0.7, decays=decays, mix_lr=0.02, scale_lr=0.01, meta_lr=0.02)
+    n, lengths = sum(p.numel() for p in params), [p.numel() for p in params]
+    each = torch.tensor(decays or (0.9,), dtype=torch.float64)[:, None]
+    momenta, e, bases = torch.zeros(len(each), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), []
+    for t in range(1, 36):
+        gradient = backward(params)
+        optimizer.step()
+        entry = entry_of(optimizer)
+        momenta = each * momenta + (1 - each) * gradient
+        m = momenta[0]
+        if decays:
+            w = entry["mixture"][0].softmax(0).repeat_interleave(torch.tensor(lengths), dim=1)
+            m = (w * momenta / (1 - each**t)).sum(0)
+            torch.testing.assert_close(rotated_back(optimizer, entry["momenta"]), momenta, rtol=0, atol=1e-12)
+        e = 0.7 * e + m
+        momentum = flat(optimizer.state[p]["momentum"] for p in params)
+        torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rotated_back(optimizer, entry["trace"]), e, rtol=0, atol=1e-12)
+        if not bases or not torch.equal(bases[-1], entry["base_factors"][9:18]):  # of the first tensor's rows
+            bases.append(entry["base_factors"][9:18].clone())
+    assert len(bases) == 4
+    assert min(float((old - new).abs().max()) for old, new in zip(bases[1:], bases, strict=False)) > 1e-3
+
+
+# ---- what the network learns ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trace", [0.0, 0.7])
+@pytest.mark.parametrize("scale_lr", [0.0, 0.05])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "identity"])
+def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, trace, kernel):
+    """That of the loss with theta free in the steps that led here, those before the last counted by their age, and what
+    they did to a tensor divided by its scale."""
+    settings = {"trace": trace, "base": base, "scale_lr": scale_lr, "beta": 0.6, "meta_optimizer": "sgd"}
+    params, optimizer = built(kind, meta_lr=0.02, **{**settings, "lr": 0.0})
+    m = e = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
+    for _ in range(WARM):  # until there have been gradients along all coordinates, which SOAP's first bases make zero
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        m = 0.6 * m + 0.4 * flat(p.grad for p in params)
+        e = trace * e + m
+    optimizer.param_groups[0]["lr"] = 0.05
+    for t in range(WARM, WARM + 8):
+        g = optimizer.preconditioners[0]
+        network = getattr(g, "network", g)
+        coordinates = dense_of(g.whiten, g.size) if g is not network else torch.eye(g.size, dtype=torch.float64)
+        theta = learned(network).requires_grad_()
+        lr = 0.0 if t == WARM else 0.05 if base is None else 0.05 / (1 - 0.6**t)
+        step = lr * coordinates.T @ matvec(network, theta, coordinates @ e)
+        x, gradient = flat(params), backward(params)
+        optimizer.step()
+        loss_of(x + (step.detach() - step) / scales(params, optimizer)).backward()
+        error = torch.linalg.vector_norm(learned(network) - (theta - 0.02 * theta.grad).detach())
+        assert error <= 1e-9 * 0.02 * torch.linalg.vector_norm(theta.grad)
+        m = 0.6 * m + 0.4 * gradient
+        e = trace * e + m
+    if trace:
+        torch.testing.assert_close(rotated_back(optimizer, entry_of(optimizer)["trace"]), e, rtol=1e-12, atol=1e-13)
+    momentum = flat(optimizer.state[p]["momentum"] for p in params)
+    torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=1e-12, atol=1e-13)
+
+
+def test_without_a_trace_the_state_has_none_and_one_that_is_switched_off_is_the_paper():
+    params, optimizer = trained("block_permutation")
+    others, other = trained("block_permutation", trace=0.9, steps=0)
+    other.param_groups[0]["trace"] = 0.0
+    for _ in range(12):
+        backward(others)
+        other.step()
+    assert "trace" not in entry_of(optimizer)
+    assert torch.equal(flat(params), flat(others))
+
+
+# ---- what the scales learn -----------------------------------------------------------------------------------------
+
+TENSORS = ((3, 4), (5,), (), (2, 3))
+
+
+def with_scales(params, optimizer, log_scales):
+    """Sets the scales before the first step, as a load does; `step` with lr = 0 makes state and changes nothing."""
+    lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = lr
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["scale"][0] = log_scales
+    saved["state"][0]["scale_levels"][0] = lr  # for a rise of lr takes back what scales have made up for
+    optimizer.load_state_dict(saved)
+
+
+def observed(before, table):
+    """The hypergradient that a step has taken into the first moment."""
+    return (table[1] - 0.9 * before[1]) / (1 - 0.9)
+
+
+@pytest.mark.parametrize("scale_trace", [0.0, 0.8, 1 - 1e-15])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", ["identity", "log_diagonal"])
+def test_the_hypergradient_of_a_scale_is_that_of_autograd(kind, base, scale_trace):
+    """Of the loss where the steps have led that all used exp(s_j), each counted by its age."""
+    options = {"base": base, "scale_lr": 1e-300, "scale_trace": scale_trace, "meta_lr": 0.02}
+    params, optimizer = built(kind, TENSORS, **options)
+    lengths = torch.tensor([p.numel() for p in params])
+    s = torch.tensor([0.3, -0.5, 0.1, -0.2], dtype=torch.float64)
+    with_scales(params, optimizer, s)
+    steps = []
+    for _ in range(8):
+        free = s.clone().requires_grad_()
+        factor = torch.exp(free - s).repeat_interleave(lengths)
+        x = flat(params)
+        for age, step in enumerate(reversed(steps)):
+            x = x - scale_trace**age * (factor - 1) * step
+        g = backward(params)
+        before = flat(params), entry_of(optimizer)["scale"].clone()
+        optimizer.step()
+        h = observed(before[1], entry_of(optimizer)["scale"])
+        if steps:
+            loss_of(x).backward()
+            torch.testing.assert_close(h, free.grad, rtol=1e-9, atol=1e-12)
+            assert (h.abs() > 1e-5).all()
+        else:
+            assert not h.any()
+        steps.append(before[0] - flat(params))
+        assert torch.equal(entry_of(optimizer)["scale"][0], s)
+        assert len(g) == sum(lengths)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_scales_of_a_network_that_mixes_tensors_have_the_right_sum(base):
+    """The sum of the hypergradients is the derivative with respect to the lr, here of one step."""
+    params, optimizer = built("block_permutation", TENSORS, base=base, scale_lr=1e-300, scale_trace=0.0)
+    lengths = torch.tensor([p.numel() for p in params])
+    table, expected = torch.zeros(3, len(TENSORS), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for t in range(1, 8):
+        start = flat(params)
+        backward(params)
+        optimizer.step()
+        h = observed(table, entry_of(optimizer)["scale"])
+        torch.testing.assert_close(h.sum(), expected, rtol=1e-6, atol=1e-12)
+        assert bool(h.any()) == (t > 1)
+        table = entry_of(optimizer)["scale"].clone()
+        s = torch.zeros(len(TENSORS), dtype=torch.float64, requires_grad=True)
+        root = torch.exp(s / 2).repeat_interleave(lengths)
+        m = rotated_back(optimizer, flat(optimizer.state[p]["momentum"] for p in params))
+        lr = 0.05 if base is None else 0.05 / (1 - 0.9**t)
+        landed = start - lr * root * (optimizer.preconditioners[0].to_dense() @ (root * m))
+        torch.testing.assert_close(landed.detach(), flat(params), rtol=0, atol=1e-7 if base == "soap" else 1e-12)
+        loss_of(landed).backward()
+        expected = s.grad.sum()
+
+
+def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
+    """min(scale_lr, 5 / t)."""
+    params, optimizer = built("log_diagonal", TENSORS, base="adam", scale_lr=0.2)
+    s = torch.zeros(4, dtype=torch.float64)
+    m, v = s.clone(), s.clone()
+    for t in range(1, 60):
+        moves = entry_of(optimizer)["moves"].clone() if t > 1 else torch.zeros(24, dtype=torch.float64)
+        g = backward(params)
+        optimizer.step()
+        parts = zip(g.split([p.numel() for p in params]), moves.split([p.numel() for p in params]), strict=True)
+        h = torch.stack([-(part * move).sum() for part, move in parts])
+        m, v = 0.9 * m + 0.1 * h, 0.995 * v + 0.005 * h**2
+        if t > 1:
+            s = s - min(0.2, 5 / t) * (m / (1 - 0.9**t)) / (v / (1 - 0.995**t)).sqrt()
+        torch.testing.assert_close(entry_of(optimizer)["scale"][0], s, rtol=1e-9, atol=1e-12)
+    assert s.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"max_step_norm": 1e-3}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_the_trace_of_the_moves_is_what_was_subtracted(base, options):
+    """Shortened steps count as short, parameters without a gradient have not moved. Weight decay is of the scales."""
+    settings = {"base": base, "scale_lr": 0.01, "scale_trace": 0.9, "weight_decay": 0.1, **options}
+    params, optimizer = built("block_permutation", TENSORS, **settings)
+    expected = torch.zeros(24, dtype=torch.float64)
+    for step in range(10):
+        backward(params)
+        absent = step % 4 if step % 2 else None
+        if absent is not None:
+            params[absent].grad = None
+        before = flat(params)
+        optimizer.step()
+        decay = 0.05 * 0.1 * scales(params, optimizer) * before
+        if absent is not None:
+            assert torch.equal(*(x.split([12, 5, 1, 6])[absent] for x in (before, flat(params))))
+            decay.split([12, 5, 1, 6])[absent].zero_()
+        made_step = before - flat(params)
+        if "max_step_norm" in options:
+            own = torch.linalg.vector_norm(made_step - decay)
+            assert own <= 1e-3 * torch.linalg.vector_norm(before) * (1 + 1e-9)
+        expected = 0.9 * expected + made_step
+        torch.testing.assert_close(entry_of(optimizer)["moves"], expected, rtol=0, atol=1e-13)
+    assert expected.split([12, 5, 1, 6])[3].any()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_maximize_is_the_descent_of_the_negated_loss(base):
+    settings = {"base": base, "scale_lr": 0.01, "trace": 0.9}
+    results = []
+    for maximize in (False, True):
+        params, optimizer = built("log_diagonal", TENSORS, maximize=maximize, **settings)
+        for _ in range(12):
+            backward(params)
+            for p in params:
+                p.grad.mul_(-1 if maximize else 1)
+            optimizer.step()
+        results.append((flat(params), entry_of(optimizer)["scale"]))
+    for descended, ascended in zip(*results, strict=True):
+        assert torch.equal(descended, ascended)
