@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import lodo
 from benchmarks import report
-from lodo import meta
+from lodo import inner_optimizer
 from lodo.kernels import reference
 
 MAX_N = 10_000_000  # on a CPU
@@ -103,11 +103,11 @@ def compiled_functions() -> dict[str, Any]:
     made = {name: torch.compile(getattr(reference, name), dynamic=False, fullgraph=True) for name in names}
 
     def learn_(
-        theta: Tensor, moments: Any, indices: Any, g: Tensor, m: Tensor, lr: Any, rates: meta.Rates, kept: Any = None
+        theta: Tensor, moments: Any, indices: Any, g: Tensor, m: Tensor, lr: Any, rates: inner_optimizer.Rates, kept: Any = None
     ) -> None:
         # As tensors: a number that changes at every step would be compiled in at every step.
         lr, *numbers = (torch.as_tensor(number, dtype=theta.dtype) for number in (lr, *rates))
-        made["learn_"](theta, moments, indices, g, m, lr, meta.Rates(*numbers))
+        made["learn_"](theta, moments, indices, g, m, lr, inner_optimizer.Rates(*numbers))
 
     return made | {"learn_": learn_}
 

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import inner_optimizer
 from lodo.kernels import gpu
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
@@ -109,7 +109,7 @@ def _examples(dtype: torch.dtype, inner: torch.dtype | None) -> Iterator[tuple[A
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    def moments(theta: Tensor) -> meta.Moments | None:
+    def moments(theta: Tensor) -> inner_optimizer.Moments | None:
         return None if inner is None else (theta.to(inner), theta.to(inner))
 
     for block in BLOCKS:
@@ -124,8 +124,8 @@ def _examples(dtype: torch.dtype, inner: torch.dtype | None) -> Iterator[tuple[A
     yield "rounding", theta[0], None, None, empty(WIDE)
 
 
-def _run(kind: str, theta: Tensor, moments: meta.Moments | None, indices: Any, v: Tensor) -> None:
-    rates = meta.Rates(*torch.empty(5, device="meta").unbind())
+def _run(kind: str, theta: Tensor, moments: inner_optimizer.Moments | None, indices: Any, v: Tensor) -> None:
+    rates = inner_optimizer.Rates(*torch.empty(5, device="meta").unbind())
     lr = torch.empty((), dtype=torch.float64, device="meta")
     if kind == "network":
         gpu.matvec(theta, indices, v, indices)

@@ -73,7 +73,7 @@ class Setting:
         with ExitStack() as stack:
             if self.nearest:
                 stack.enter_context(mock.patch.dict(os.environ, {"LODO_NATIVE": "0"}))
-                stack.enter_context(mock.patch("lodo.meta.to_bfloat16", to_nearest))
+                stack.enter_context(mock.patch("lodo.inner_optimizer.to_bfloat16", to_nearest))
             yield
 
 

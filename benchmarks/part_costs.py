@@ -20,7 +20,7 @@ import lodo
 from benchmarks.configs import shapes_of
 from benchmarks.measuring import device_name, state_bytes, time_calls
 from benchmarks.meta_options import as_table, percentiles
-from lodo.bases import BASIS_EVERY
+from lodo.parts.eigenbasis import BASIS_EVERY
 
 SIZES = (3_000, 95_000, 1_000_000)
 
@@ -32,15 +32,15 @@ def without(**options: Any) -> Make:
 
 
 def without_gains(params: list[Tensor]) -> Optimizer:
-    return lodo.LODO(params, **{**lodo.RECOMMENDED, "preconditioner": "identity", "trace": 0.0})
+    return lodo.LODO(params, **{**lodo.RECOMMENDED, "preconditioner": "identity", "trace_decay": 0.0})
 
 
 WAYS: dict[str, Make] = {
     "all parts": without(),
     'no gains: `preconditioner="identity"`': without_gains,
-    "no trace: `trace=0.0`": without(trace=0.0),
+    "no trace: `trace_decay=0.0`": without(trace_decay=0.0),
     "no scales: `scale_lr=0.0`": without(scale_lr=0.0),
-    "one momentum: `decays=None`": without(decays=None),
+    "one momentum: `momentum_decays=None`": without(momentum_decays=None),
     'no eigenbases: `base="adam"`': without(base="adam"),
     "AdamW, fused": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
 }

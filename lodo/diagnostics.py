@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lodo import meta
-from lodo.composite import Composite
-from lodo.preconditioners import BlockPermutation, Operator, Preconditioner
+from lodo import inner_optimizer
+from lodo.preconditioners import BlockPermutation, Composite, Operator, Preconditioner
 from lodo.preconditioners.singular_values import extremes
 from lodo.scalars import norm
-from lodo.state import GroupState
+from lodo.state.group_state import GroupState
 
 
 def hessian_error(
@@ -120,13 +119,14 @@ def _lanczos(operator: Operator, start: Tensor, iterations: int) -> tuple[Tensor
 
 def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: int) -> dict[str, float]:
     """The figures of `LODO.diagnostics` for one param group."""
-    network, operator, flat, params = live.preconditioner, live.operator, live.flat, group["params"]
+    network, operator, flat, params = live.network, live.operator, live.flat, group["params"]
+    live.momentum.load_()
     if flat.size == 0:
         return {}  # of a sharded group: this rank has nothing of it
     moves = [p.grad is not None for p in params]
     moves = moves if any(moves) else [True] * len(moves)
-    lr, last_lr = float(group["lr"]), float(live.last_lr.get())
-    m, g, x = live.momentum.to(flat.dtype), flat.new_vector(), flat.new_vector()
+    lr, last_lr = float(group["lr"]), float(live.counts.last_lr.get())
+    m, g, x = live.momentum.m, flat.new_vector(), flat.new_vector()
     flat.gather(flat.tensors(params), flat.views(x))
     seconds: dict[str, float] = {}
     with _timed("seconds_gather", seconds, flat.device):
@@ -139,8 +139,8 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
         flat.mask_(flat.views(vector), moves)
     eigenvalues, weights = spectrum(operator, probes=probes, iterations=iterations)
     result = {
-        "steps": float(live.steps.get()),
-        "skipped_steps": float(live.skipped.get()),
+        "steps": float(live.counts.step.tensor.max()),
+        "skipped_steps": float(live.counts.skipped.tensor.max()),
         "lr": lr,
         "step_norm": float(norm(step)),
         "relative_step_norm": _ratio(norm(step), norm(x)),
@@ -152,14 +152,16 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     }
     if isinstance(network, BlockPermutation):
         result["singular_value_min"], result["singular_value_max"] = extremes(network.theta)
-    if live.scale is not None:
-        scales = live.scale.table[0].exp()
-        result["scale_min"], result["scale_max"] = float(scales.min()), float(scales.max())
+    for part in live.parts:
+        result.update(part.figures())
     if group["meta_lr"] > 0 and network.theta.numel() > 0:
-        e = live.extras.get("trace", m)
+        e = live.momentum.judged
         if isinstance(operator, Composite):
-            e = e * float(live.unit)  # which makes of what is kept gradients of their own size
-            g, e = operator.balance(operator.rotate(g)) * operator.root, e * operator.root
+            e, root = (
+                e * float(live.unit),
+                operator.root(live.resting()),
+            )  # gradients of their own size, of what is kept
+            g, e = operator.unscale(operator.rotate(g)) * root, e * root
         h = _hypergradient(network, g, e, last_lr, seconds)
         result["hypergradient_norm"] = float(norm(h.flatten()))
     return {**result, **seconds}
@@ -169,8 +171,8 @@ def _hypergradient(network: Preconditioner, g: Tensor, m: Tensor, lr: float, sec
     """h = -d/dtheta <g, G(theta) m>, of theta's shape, by the kernels that learn from it: with these rates the inner
     Adam moves nothing, and its first moment becomes h. On a copy, for an h that overflows would still ruin theta."""
     twin = type(network).wrap(network.theta.clone(), network.permutations_stored, network.size)
-    moments = meta.start_moments(twin.theta)
-    rates = meta.Rates(step_size=0.0, forget1=1.0, keep2=1.0, forget2=0.0, count=1)
+    moments = inner_optimizer.start_moments(twin.theta)
+    rates = inner_optimizer.Rates(step_size=0.0, forget1=1.0, keep2=1.0, forget2=0.0, count=1)
     twin.learn_(g, m, lr, moments, rates)  # makes the memory that kernels keep between calls
     with _timed("seconds_learn", seconds, g.device):
         twin.learn_(g, m, lr, moments, rates)

@@ -1,26 +1,32 @@
 """The few numbers that steer a step (lr, step count, size of the gradient, ...), wherever they can be read for free.
 
-On the CPU they are plain Python floats: arithmetic on 0-dim tensors would cost more than a small network's whole
+On the CPU they are plain Python numbers: arithmetic on 0-dim tensors would cost more than a small network's whole
 step. On an accelerator they stay 0-dim tensors, because reading one back would make the host wait. Formulas over
 `Number` are written once for both.
 """
 
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
-Number = Any
+Number: TypeAlias = float | Tensor
 """float, int or bool on the host; a 0-dim tensor on an accelerator."""
 
 
-def is_tensor(number: Number) -> TypeGuard[Tensor]:
+def is_tensor(number: object) -> TypeGuard[Tensor]:
     return isinstance(number, Tensor)
 
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether the host can read a tensor without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype of tables and counts: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Cell:
@@ -35,7 +41,7 @@ class Cell:
 
     def get(self) -> Number:
         """The value; a tensor is the cell itself, not a copy."""
-        return self.tensor.numpy().tolist() if self._is_readable else self.tensor
+        return self.tensor.numpy().item() if self._is_readable else self.tensor
 
     def set(self, value: Number) -> None:
         """Writes a plain number or a one-element tensor; one on the CPU is read, so that no device is waited for."""
@@ -49,6 +55,38 @@ class Cell:
                 self.tensor.fill_(number)
 
 
+class Column:
+    """A tensor of shape (k,), one number for each of the k parameters of a group, read and written as `Number`s."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._cells = None if is_readable(tensor) else tensor.unbind()
+
+    def get(self, place: int = 0) -> Number:
+        """The number of the parameter at a place of the group."""
+        return self.tensor.numpy().item(place) if self._cells is None else self._cells[place]
+
+    def set(self, value: Number, places: Sequence[int] | None = None) -> None:
+        """Writes the numbers at these places, None for all."""
+        if self._cells is None:
+            self.tensor.numpy()[slice(None) if places is None else list(places)] = value
+        elif places is None:
+            self.tensor.copy_(value) if is_tensor(value) else self.tensor.fill_(value)
+        else:
+            for place in places:
+                self._cells[place].copy_(value) if is_tensor(value) else self._cells[place].fill_(value)
+
+    def add(self, value: Number, places: Sequence[int] | None = None) -> None:
+        """Adds to the numbers at these places, None for all."""
+        if self._cells is None:
+            self.tensor.numpy()[slice(None) if places is None else list(places)] += value
+        elif places is None:
+            self.tensor.add_(value)
+        else:
+            for place in places:
+                self._cells[place].add_(value)
+
+
 def energy(vector: Tensor) -> Number:
     """The sum of squares of `vector`; NaN or infinite if it holds such a number."""
     return Cell(torch.dot(vector, vector)).get()
@@ -56,20 +94,29 @@ def energy(vector: Tensor) -> Number:
 
 def norm(vector: Tensor) -> Number:
     """The length of `vector`, with no overflow in between: sums of float32 squares may."""
-    wide = torch.float32 if vector.device.type == "mps" else torch.float64
-    return Cell(torch.linalg.vector_norm(vector, dtype=wide)).get()
+    return Cell(torch.linalg.vector_norm(vector, dtype=wide(vector.device))).get()
 
 
-def choose(condition: Number, yes: Number, no: Number) -> Number:
+def where(condition: Number, yes: Number, no: Number) -> Number:
     """`yes` if the condition holds else `no`, without reading a condition on an accelerator."""
     if is_tensor(condition):
-        return torch.where(condition, yes, no)
+        return torch.where(condition, cast(Tensor, yes), cast(Tensor, no))
     return yes if condition else no
 
 
-def add_decayed_(trace: Tensor, vector: Tensor, decay: Number) -> None:
-    """trace <- decay * trace + vector, in place."""
+def stacked(numbers: Iterable[Number]) -> Tensor:
+    """Numbers on an accelerator, as one tensor."""
+    return torch.stack(cast(list[Tensor], list(numbers)))
+
+
+def at_least_one(count: Number) -> Number:
+    """The count, or 1 instead of 0: what divides by 1 - b^t is not to divide by zero."""
+    return count + (count < 1)
+
+
+def decay_and_add_(trace: Tensor, vector: Tensor, decay: Number) -> None:
+    """trace <- decay * trace + vector, in place; a decay may be given for each element."""
     if is_tensor(decay):
         trace.mul_(decay).add_(vector)
     else:
-        torch.add(vector, trace, alpha=decay, out=trace)
+        torch.add(vector, trace, alpha=cast(float, decay), out=trace)

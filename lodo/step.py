@@ -12,114 +12,150 @@ step is enough.
 
 G is symmetric, so <g, G m> = lr <U g, U m>, and h is one explicit backward pass through U, no autograd.
 
-Parts that go beyond the paper and can be left out:
+Beyond the paper, parts (`lodo.parts`) may take part. G = lr * T^T U^T U T is then put together from their factors
+(`lodo.preconditioners.composite`). A part may rotate: g is rotated as it comes in and the step as it goes out, all in
+between and all that is kept of gradients is in its coordinates.
 
-- a trace: line 1 takes e in place of m, where e <- trace * e + m in line 3, so that the gradient also judges the steps
-  before the last one;
-- a mixture of momenta with learned weights in place of line 3 (see `lodo.mixture`);
-- a base preconditioner and a scale per tensor: then G = lr * T^T U^T U T (see `lodo.composite`), line 1 goes through U
-  in the coordinates T x, and g is taken into the base before line 3. A base may rotate: g is rotated as it comes in and
-  the step as it goes out, all in between and all that is kept (m, e, the mixture's momenta) is in its coordinates.
+Lines 1 to 4 themselves are in `lodo.update.plain`, and once more, faster, in `lodo.update.fused`.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lodo import meta
-from lodo.fused import Fused
-from lodo.mixture import Mixture
-from lodo.preconditioners import Operator
-from lodo.scalars import Number, add_decayed_, choose, is_tensor, norm
+from lodo.context import Context
+from lodo.parts import Undone
+from lodo.parts.record import kept_share
+from lodo.scalars import Number, is_tensor, norm, where
+from lodo.state.group_state import GroupState
 
 
-def lodo_step(
-    g: Tensor,
-    m: Tensor,
-    preconditioner: Operator,
-    moments: meta.Moments | None,
-    count: Number,
-    last_lr: Number,
-    lr: Number,
-    active: Number,
-    learning: Number,
-    *,
-    beta: float,
-    meta_lr: float,
-    meta_optimizer: str,
-    max_condition: float | None = None,
-    e: Tensor | None = None,
-    trace: float = 0.0,
-    mixture: Mixture | None = None,
-    mix_lr: float = 0.0,
-    steps: Number = 0,
-    age: Number | None = None,
-    share: Tensor | None = None,
-    idle: Sequence[Number] | None = None,
-) -> Tensor:
-    """One step on the vector of one param group; returns G(theta) m, shape (n,), to subtract from the parameters.
+def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
+    """One step of one param group on the gradient in `live.gradient`, which it may overwrite.
 
-    Advances `m`, the preconditioner's theta and `moments` in place. If `active` does not hold they keep their bits
-    (an `active` on an accelerator is not read to find out, and a zero may lose its sign there) and the returned step
-    is zero.
-
-    Args:
-        g: gradient where the last step landed, shape (n,); zeroed if inactive.
-        m: momentum, shape (n,), in the coordinates of `preconditioner.rotate`.
-        moments: of the inner Adam, None for the inner SGD.
-        count: inner steps taken, this one included. The first one counts although h = 0 there.
-        last_lr: lr of the last step, times the factor by which `shorten_` scaled it.
-        lr: lr of this step.
-        active: whether this step is to be taken.
-        learning: whether theta is to be learned in it (lines 1 and 2), which implies `active`.
-        beta, meta_lr, meta_optimizer: as for `lodo.LODO`; meta_lr 0 leaves theta and its inner optimizer alone.
-        max_condition: as for `lodo.LODO`. On an accelerator this one makes the host wait.
-        e: trace of the momentum, shape (n,), advanced in place; None for the paper's method, whose trace is 0.
-        trace: its decay.
-        mixture: of momenta, in place of the single one; it advances, and `m` becomes the mixture.
-        mix_lr: as for `lodo.LODO`.
-        steps: taken, this one included; what the base preconditioner counts by.
-        age: of these, the steps since learning began anew; None for all.
-        share: how much is left of the last step, between 0 and 1, shape (n,); None if all of it is. What somebody has
-            taken back judges nothing.
-        idle: whether the gradient of each tensor is zero; None if that of none is.
+    State that a cohort which is not active has keeps its bits (an `active` on an accelerator is not read to find out,
+    and a zero may lose its sign there).
     """
-    if is_tensor(active):
-        g.masked_fill_(~active, 0)  # so that no NaN meets a zero weight below
-        active, learning = active.to(m.dtype), learning.to(m.dtype)
-    elif not active:
-        return torch.zeros_like(m)
-    rotated = preconditioner.rotate(g if share is None else g * share)
-    judged = m if e is None else e
-    is_learning = meta_lr > 0 and (is_tensor(learning) or learning)
-    rates = None
-    if is_learning:
-        rates = meta.rates(meta_optimizer, meta_lr, count, learning, m.dtype, preconditioner.drift, age)
-    if isinstance(preconditioner, Fused):
-        preconditioner.judge_(rotated, judged, last_lr, moments, rates, mixture, mix_lr, steps, age)
-    else:
-        if mixture is not None:
-            mixture.learn_(preconditioner.reply(rotated), mix_lr, steps, active * (last_lr > 0), age)
-        if rates is not None:
-            preconditioner.learn_(rotated, judged, last_lr, moments, rates)
-    if rates is not None and max_condition is not None and learning:
-        preconditioner.bound_condition_(max_condition)
-    kept = [*([] if e is None else [e]), m if mixture is None else mixture.momenta]
-    rotated = preconditioner.observe_(g, rotated if share is None else None, kept, active, steps, age)
-    if isinstance(preconditioner, Fused):
-        numbers = {"lr": lr, "beta": beta, "trace": trace, "age": age, "idle": idle}
-        return preconditioner.rotate_back(preconditioner.advance_(rotated, m, e, mixture, steps, **numbers))
-    if mixture is None:
-        m.lerp_(rotated, active * (1 - beta))
-    else:
-        mixture.mix_(m, rotated, steps, active, idle)
-    preconditioner.settle_(m, 1 if mixture is not None else 1 - beta ** (steps + (steps < 1)), steps, active)
-    if e is not None:
-        add_decayed_(e, m * active if is_tensor(active) else m, 1 - active * (1 - trace))
-    step = preconditioner.rotate_back(preconditioner.apply(m).mul_(lr))
-    return step.masked_fill_(active == 0, 0) if is_tensor(active) else step
+    update, operator, g = live.update, live.operator, live.gradient
+    if is_tensor(at.active):
+        g.masked_fill_(~at.active, 0)  # so that no NaN meets a zero weight below
+    live.momentum.load_()
+    at = at._replace(unit=live.unit)
+    at = at._replace(share=look_back(live, at, params))
+    at = at._replace(unit=live.change_unit_(at.active))
+    update.begin_(at)
+    if live.record is not None:
+        update.learn_parts_(with_decay(live, at), at)
+
+    rotated = operator.rotate(g if at.share is None else g * at.share)
+    update.learn_(rotated, at)  # 1, 2
+    rotated = update_basis_(live, g, rotated if at.share is None else None, at)
+    step = operator.rotate_back(update.advance_(rotated, at))  # 3, 4
+    live.momentum.store_(at.steps)
+    subtract_(live, step, at, params)
+    live.record_versions()
+    live.has_stepped = True
+
+
+def look_back(live: GroupState, at: Context, params: list[Tensor]) -> Tensor | None:
+    """Reads the parameters, and looks what has become of the last step.
+
+    Returns:
+        How much of it is left, between 0 and 1, shape (n,); None if nobody has changed the parameters since. What
+        somebody has taken back judges nothing.
+    """
+    if live.record is None or live.x is None:
+        return None
+    live.flat.gather(live.flat.tensors(params), live.x_views)
+    if live.waits and not at.active:
+        return None
+    undone = None
+    change = live.record.change(live.x, at, live.waits)
+    if change is not None:
+        made = live.operator.apply(live.momentum.m)
+        made = made.mul_(at.per_element(lambda cohort: cohort.last_lr * at.unit, made))
+        step = live.operator.rotate_back(made)
+        if at.options["weight_decay"] > 0:
+            lr = at.per_parameter(lambda cohort: cohort.scheduled_lr, step)
+            step.add_(decay(live, live.x, lr, at))
+        undone = Undone(change, step, live.x.abs().mul_(2 * live.flat.coarsest))
+    for part in live.parts:
+        part.correct_(live.gradient, undone, at)
+    return None if undone is None else kept_share(undone.step, undone.change)
+
+
+def with_decay(live: GroupState, at: Context) -> Tensor:
+    """The gradient of the loss that steps with weight decay descend on: it has weight_decay / 2 <x, x> in the metric of
+    the gradients' own size, of which each parameter's mean is taken. Shape (n,)."""
+    weight_decay = at.options["weight_decay"]
+    if weight_decay == 0 or live.x is None:
+        return live.gradient
+    pull = live.x.clone()
+    scales = next((found for part in live.parts if (found := part.gradient_scales(at)) is not None), None)
+    if scales is not None:
+        on_host = live.flat.device.type == "cpu"
+        torch._foreach_mul_(live.flat.views(pull), [float(size) for size in scales] if on_host else list(scales))
+    return live.gradient.add(pull, alpha=weight_decay)
+
+
+def update_basis_(live: GroupState, g: Tensor, rotated: Tensor | None, at: Context) -> Tensor:
+    """Brings the coordinates of G up to date, and all that is kept in them; returns the gradient in them."""
+    for part in live.parts:
+        rotated = part.update_basis_(g, rotated, live.momentum.in_coordinates, at)
+    return live.operator.rotate(g) if rotated is None else rotated
+
+
+def subtract_(live: GroupState, step: Tensor, at: Context, params: list[Tensor]) -> None:
+    """Line 4: subtracts a step from the parameters that have a gradient, bounded, and with weight decay."""
+    options, flat = at.options, live.flat
+    tensors, parts = flat.tensors(params), flat.views(step)
+    moves = [p.grad is not None for p in params]
+    factor: Number = 1.0
+    is_finite: Number = True
+    if options["max_step_norm"] is not None or live.record is not None:
+        flat.mask_(parts, moves)
+    if options["max_step_norm"] is not None or options["weight_decay"] != 0:
+        flat.gather(tensors, live.gradient_views)  # into the memory of the gradient, which has done its work
+    if options["max_step_norm"] is not None:
+        flat.mask_(live.gradient_views, moves)
+        factor, is_finite = shorten_(step, live.gradient, options["max_step_norm"])
+        live.counts.skipped.add(is_finite == 0)
+    live.counts.keep_lr(at, factor)
+    if options["weight_decay"] != 0:
+        # Part of the one subtraction, so that a low-precision parameter is rounded once.
+        step.add_(decay(live, live.gradient, at.lr, at).mul_(at.active * is_finite))
+        if live.record is not None:
+            flat.mask_(parts, moves)
+    for part in live.parts:
+        part.record_(step, at)
+    moved = [tensor for tensor, is_moved in zip(tensors, moves, strict=True) if is_moved]
+    if live.record is None or live.x is None:
+        torch._foreach_sub_(moved, [part for part, is_moved in zip(parts, moves, strict=True) if is_moved])
+        return
+    written, views = live.record.written, live.written_views
+    is_active = at.per_element(lambda cohort: cohort.active, step)
+    kept = written.clone() if is_tensor(is_active) else None
+    torch.sub(live.x, step, out=written)
+    torch._foreach_copy_(moved, [view for view, is_moved in zip(views, moves, strict=True) if is_moved])
+    if any(tensor.dtype != written.dtype for tensor in moved):
+        flat.gather(tensors, views)  # as rounded
+    if kept is not None and is_tensor(is_active):
+        torch.where(is_active > 0, written, kept, out=written)
+
+
+def decay(live: GroupState, x: Tensor, lr: Number | Tensor, at: Context) -> Tensor:
+    """lr * weight_decay * S x, what weight decay subtracts, with the scales S of the parameters, if there are any: in
+    proportion to the steps that are taken, as AdamW's is. `lr` may be one for each parameter."""
+    rate = lr * at.options["weight_decay"]
+    scales = next((found for part in live.parts if (found := part.step_scales()) is not None), None)
+    if scales is None:
+        return x * (at.spread(rate, x) if is_tensor(rate) and rate.dim() > 0 else rate)
+    product = x.clone()
+    factors = (scales * rate).clamp_(max=1)  # to zero, not beyond
+    on_host = x.device.type == "cpu"
+    torch._foreach_mul_(live.flat.views(product), factors.tolist() if on_host else list(factors.unbind()))
+    return product
 
 
 def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Number]:
@@ -138,9 +174,9 @@ def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Num
     length, size = norm(step), norm(x)
     is_finite = length < math.inf
     floor = 1e-3 * step.numel() ** 0.5
-    limit = max_step_norm * choose(size > floor, size, floor)
+    limit = max_step_norm * where(size > floor, size, floor)
     is_long = length > limit
-    factor = choose(is_long, limit / choose(is_long, length, 1.0), 1.0) * is_finite
+    factor = where(is_long, limit / where(is_long, length, 1.0), 1.0) * is_finite
     step.mul_(factor)
     if is_tensor(is_finite):
         step.masked_fill_(~is_finite, 0)
@@ -149,14 +185,14 @@ def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Num
     return factor, is_finite
 
 
-def judge(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:
+def check_gradient(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:
     """Whether a gradient is sound, and whether the call is idle, from the gradient's sum of squares and from
-    lr / (1 - trace).
+    lr / (1 - trace_decay).
 
     Sound: all finite; and where the inner optimizer squares the hypergradient, which is of order lr |g| |m|, and
-    1 / (1 - trace) times that with a trace, not so large that the square would overflow and stay in its second moment
-    for good. Idle: zero, with lr = 0, which is how distributed checkpointing makes an optimizer create its state; such
-    a call must change nothing.
+    1 / (1 - trace_decay) times that with a trace, not so large that the square would overflow and stay in its second
+    moment for good. Idle: zero, with lr = 0, which is how distributed checkpointing makes an optimizer create its
+    state; such a call must change nothing.
     """
     size = energy * (lr + 1)  # one of the next steps may have a larger lr than this one, in a warm-up say
     largest = torch.finfo(dtype).max

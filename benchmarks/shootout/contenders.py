@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import lodo
 from benchmarks.shootout.problem import Problem, Task
 
-RECOMMENDED: Mapping[str, Any] = {**lodo.RECOMMENDED, "decays": list(lodo.RECOMMENDED["decays"])}
+RECOMMENDED: Mapping[str, Any] = {**lodo.RECOMMENDED, "momentum_decays": list(lodo.RECOMMENDED["momentum_decays"])}
 """What "LODO" is run with, untuned, on every task, `lodo.AutoLODO(params)`; lists, as JSON gives them back."""
 SEARCHED_LODO = ("lr", "beta")  # of the tuned one; all else is as recommended
 _AUTO = {*inspect.signature(lodo.AutoLODO).parameters, "preconditioner"}

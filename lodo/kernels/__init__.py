@@ -2,18 +2,14 @@
 
 `native` runs the block-diagonal x permutation network on CPUs, `gpu` all networks on CUDA, `reference` in plain torch
 wherever they cannot. They have the same functions: for each preconditioner `matvec` applies it and `learn_` takes one
-inner step along the hypergradient. (`native` has the two passes of `lodo.fused` too.) LODO_NATIVE=0 in the environment
-asks for plain torch.
+inner step along the hypergradient. (`native` has the two passes of `lodo.update.fused` too.) LODO_NATIVE=0 in the
+environment asks for plain torch.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from lodo import scalars
 from lodo.kernels import gpu, native, reference
 
 
@@ -39,18 +35,3 @@ def for_vectors(theta: Tensor) -> ModuleType:
 def for_rounding(values: Tensor) -> ModuleType:
     """The kernels for rounding a vector."""
     return native if native.available(values) else for_vectors(values)
-
-
-def energies(vector: Tensor, lengths: Sequence[int]) -> list[float] | Tensor:
-    """The sums of squares of the parts of a vector that have these lengths, with no overflow in between: in plain
-    torch what `native.energies` does."""
-    wide = torch.float32 if vector.device.type == "mps" else torch.float64
-    if not lengths:
-        return []
-    found = torch.stack(torch._foreach_norm(list(vector.split(lengths)), dtype=wide)).square()
-    return found.tolist() if scalars.is_readable(found) else found
-
-
-def offsets(lengths: Sequence[int]) -> Tensor:
-    """Where tensors of these numbers of elements begin in a vector, and its end, as `native` takes it."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")

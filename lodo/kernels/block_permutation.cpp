@@ -41,7 +41,7 @@ template <typename T> struct Network {
   int64_t layer_numbers() const { return block * block * width; }
 };
 
-template <typename T> struct Rates { // see lodo/meta.py
+template <typename T> struct Rates { // see lodo/inner_optimizer.py
   T step_size, forget1, keep2, forget2, eps;
   uint32_t turn; // salts the stochastic rounding
 };
@@ -449,20 +449,31 @@ uint32_t turn_of(int64_t count) { return uint32_t(count) * 0x9E3779B1u; }
 
 } // namespace
 
-// work: 2 * D numbers (matvec), or 2 * D * (layers + 2) (learn; layers + 1 for the shuffle).
+// `Network` of lodo/kernels/structures.py. work: 2 * D numbers (matvec), or 2 * D * (layers + 2) (learn; layers + 1 for
+// the shuffle).
+struct Arguments {
+  void *theta, *exp_avg, *exp_avg_sq;
+  const int32_t *permutations;
+  void *work;
+  int64_t layers, block, width, size, threads, is_bfloat16;
+  double lr, step_size, forget1, keep2, forget2, count, eps;
+};
+
 #define LODO_ENTRY_POINTS(T, SUFFIX)                                                                                   \
-  extern "C" void lodo_matvec_##SUFFIX(T *theta, const int32_t *permutations, const T *v, T *out, T *work,             \
-                                       int64_t layers, int64_t block, int64_t width, int64_t size, int threads) {      \
-    matvec<T>({theta, nullptr, nullptr, permutations, layers, block, width, size}, v, out, work, threads);             \
+  extern "C" void lodo_matvec_##SUFFIX(const Arguments *at, const T *v, T *out) {                                      \
+    matvec<T>({static_cast<T *>(at->theta), nullptr, nullptr, at->permutations, at->layers, at->block, at->width,      \
+               at->size},                                                                                              \
+              v, out, static_cast<T *>(at->work), int(at->threads));                                                   \
   }                                                                                                                    \
-  extern "C" void lodo_learn_##SUFFIX(T *theta, void *exp_avg, void *exp_avg_sq, const int32_t *permutations,          \
-                                      const T *g, const T *m, T *work, int64_t layers, int64_t block, int64_t width,   \
-                                      int64_t size, int threads, int is_bfloat16, double lr, double step_size,         \
-                                      double forget1, double keep2, double forget2, double count, double eps) {        \
-    const Network<T> net{theta, exp_avg, exp_avg_sq, permutations, layers, block, width, size};                        \
-    const Rates<T> rates{T(step_size), T(forget1), T(keep2), T(forget2), T(eps), turn_of(int64_t(count))};             \
-    const auto tile = !exp_avg ? learn_tile<T, void> : is_bfloat16 ? learn_tile<T, Bfloat16> : learn_tile<T, T>;       \
-    learn<T>(net, g, m, T(lr), rates, tile, work, threads);                                                            \
+  extern "C" void lodo_learn_##SUFFIX(const Arguments *at, const T *g, const T *m) {                                   \
+    const Network<T> net{static_cast<T *>(at->theta), at->exp_avg, at->exp_avg_sq, at->permutations,                   \
+                         at->layers,                  at->block,   at->width,      at->size};                          \
+    const Rates<T> rates{T(at->step_size), T(at->forget1), T(at->keep2),                                               \
+                         T(at->forget2),   T(at->eps),     turn_of(int64_t(at->count))};                               \
+    const auto tile = !at->exp_avg         ? learn_tile<T, void>                                                       \
+                      : at->is_bfloat16 ? learn_tile<T, Bfloat16>                                                      \
+                                           : learn_tile<T, T>;                                                         \
+    learn<T>(net, g, m, T(at->lr), rates, tile, static_cast<T *>(at->work), int(at->threads));                         \
   }                                                                                                                    \
   extern "C" void lodo_round_##SUFFIX(void *to, const T *values, int64_t size, int64_t count, int threads) {           \
     round_into(static_cast<Bfloat16 *>(to), values, size, turn_of(-count), threads);                                   \

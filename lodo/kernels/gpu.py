@@ -16,8 +16,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from lodo import meta
-from lodo.scalars import Number, is_tensor
+from lodo import inner_optimizer
+from lodo.scalars import Number, is_tensor, stacked
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Launches:
         adam: bool,
     ) -> None:
         """The backward pass with the inner update, from where `up` arrived; `learned` is theta, M and V."""
-        more = {"EPS": meta.EPS, "ADAM": adam}
+        more = {"EPS": inner_optimizer.EPS, "ADAM": adam}
         for grid, *stages in self.stages(self.singles[::-1], self.tiles):
             sizes = (self.width, *stages, self.layers, self.pairs, self.tiles)
             self.code.learn_layers[grid](*learned, x, y, inverse, numbers, *sizes, **self.single_constants, **more)
@@ -215,12 +215,12 @@ def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, inverse: Tenso
 @on_its_device
 def learn_(
     theta: Tensor,
-    moments: meta.Moments | None,
+    moments: inner_optimizer.Moments | None,
     permutations: Tensor | None,
     g: Tensor,
     m: Tensor,
     lr: Number,
-    rates: meta.Rates,
+    rates: inner_optimizer.Rates,
     inverse: Tensor | None,
 ) -> None:
     """`reference.learn_`; `inverse` is what `prepare` gave."""
@@ -233,15 +233,15 @@ def learn_(
     launches.learn(learned(theta, moments), x, y, inverse, numbers, adam=moments is not None)
 
 
-def learned(theta: Tensor, moments: meta.Moments | None) -> tuple[Tensor, ...]:
+def learned(theta: Tensor, moments: inner_optimizer.Moments | None) -> tuple[Tensor, ...]:
     """Theta, M and V as a kernel takes them; without moments it does not look at the last two."""
     return (theta, *(moments or (theta, theta)))
 
 
-def on_device(rates: meta.Rates, lr: Number, device: torch.device) -> Tensor:
+def on_device(rates: inner_optimizer.Rates, lr: Number, device: torch.device) -> Tensor:
     """The numbers of an inner step in one tensor. Plain ones are sent, but an optimizer's are on the device already."""
     if is_tensor(rates.step_size):
-        return torch.stack((*rates, lr))
+        return stacked((*rates, lr))
     return torch.tensor((*rates, lr), dtype=torch.float64, device=device)
 
 
@@ -258,12 +258,19 @@ def along(size: int) -> tuple[tuple[int], dict[str, Any]]:
 
 @on_its_device
 def diagonal_learn_(
-    theta: Tensor, moments: meta.Moments | None, g: Tensor, m: Tensor, lr: Number, rates: meta.Rates
+    theta: Tensor,
+    moments: inner_optimizer.Moments | None,
+    g: Tensor,
+    m: Tensor,
+    lr: Number,
+    rates: inner_optimizer.Rates,
 ) -> None:
     """`reference.diagonal_learn_` in one pass."""
     grid, constants = along(theta.numel())
     tensors = (*learned(theta, moments), g, m, on_device(rates, lr, theta.device))
-    device_code().learn_diagonal[grid](*tensors, theta.numel(), EPS=meta.EPS, ADAM=moments is not None, **constants)
+    device_code().learn_diagonal[grid](
+        *tensors, theta.numel(), EPS=inner_optimizer.EPS, ADAM=moments is not None, **constants
+    )
 
 
 @on_its_device
@@ -286,18 +293,18 @@ def residual_matvec(theta: Tensor, indices: Tensor, v: Tensor) -> Tensor:
 @on_its_device
 def residual_learn_(
     theta: Tensor,
-    moments: meta.Moments | None,
+    moments: inner_optimizer.Moments | None,
     indices: Tensor,
     g: Tensor,
     m: Tensor,
     lr: Number,
-    rates: meta.Rates,
+    rates: inner_optimizer.Rates,
 ) -> None:
     """`reference.residual_learn_`, in the same stretches; the two vectors lie side by side."""
     code, (layers, size) = device_code(), indices.shape
     grid, constants = along(size)
     numbers = on_device(rates, lr, theta.device)
-    more = {"EPS": meta.EPS, "ADAM": moments is not None, **constants}
+    more = {"EPS": inner_optimizer.EPS, "ADAM": moments is not None, **constants}
     stretch = max(1, math.isqrt(layers))
     pair = theta.new_zeros(size, 2)
     pair[: g.numel()] = torch.stack((g, m), dim=1)

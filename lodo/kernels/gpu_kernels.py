@@ -47,7 +47,7 @@ def to_bfloat16(x, bits):
 
 @triton.jit
 def learn(values, h, theta, exp_avg, exp_avg_sq, first, offset, mask, rates, EPS: tl.constexpr, ADAM: tl.constexpr):
-    """`lodo.meta.update_` of the `values` at theta + first + offset: theta and the moments are written once."""
+    """`lodo.inner_optimizer.update_` of the `values` at theta + first + offset: all is written once."""
     step_size, forget1, keep2, forget2, count, _ = rates
     theta = theta + first + offset
     if ADAM:

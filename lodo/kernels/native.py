@@ -15,14 +15,14 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import inner_optimizer
+from lodo.kernels.structures import Cohort, Group, Network
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +70,16 @@ def _build_and_load(compiler: str, flags: tuple[str, ...], folder: Path) -> ctyp
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """Tells ctypes the arguments."""
-    pointer, size, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for suffix in SUFFIX.values():
         for name, types in (
-            # Pointers; layers, block, width and size, or size and count; threads; is_bfloat16, lr and rates.
-            ("matvec", [pointer] * 5 + [size] * 4 + [integer]),
-            ("learn", [pointer] * 7 + [size] * 4 + [integer] * 2 + [number] * 7),
-            ("round", [pointer] * 2 + [size] * 2 + [integer]),
-            # Pointers; decays and tensors, or tensors; threads; numbers.
-            ("judge", [pointer] * 11 + [size] * 2 + [integer] + [number] * 16),
-            ("advance", [pointer] * 13 + [size] * 2 + [integer] + [number] * 12),
-            ("scale_learn", [pointer] * 5 + [size] + [integer] + [number] * 7),
-            ("energies", [pointer] * 3 + [size] + [integer]),
+            ("matvec", [ctypes.POINTER(Network), pointer, pointer]),  # v, out
+            ("learn", [ctypes.POINTER(Network), pointer, pointer]),  # g, m
+            ("round", [pointer, pointer, size, size, integer]),  # target, values, their number, count, threads
+            ("learn_all", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer, pointer]),  # g, judged
+            ("advance", [ctypes.POINTER(Group), ctypes.POINTER(Cohort)]),
+            ("learn_scales", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer]),  # g
+            ("energies", [ctypes.POINTER(Group), pointer, pointer]),  # g, sums
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")
             function.argtypes = types
@@ -148,110 +146,50 @@ def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor) 
     """`reference.matvec` with scratch memory `work` of at least 2 n~ numbers."""
     v = v.contiguous()
     out = torch.empty_like(v)
-    _call("matvec", theta, v.numel(), (theta, permutations, v, out, work))
+    function("matvec", theta.dtype)(_network(theta, permutations, work, v.numel()), v.data_ptr(), out.data_ptr())
     return out
 
 
 def learn_(
     theta: Tensor,
-    moments: meta.Moments | None,
+    moments: inner_optimizer.Moments | None,
     permutations: Tensor | None,
     g: Tensor,
     m: Tensor,
     lr: float,
-    rates: meta.Rates,
+    rates: inner_optimizer.Rates,
     work: Tensor,
 ) -> None:
     """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers, N + 1 for the shuffle."""
-    exp_avg, exp_avg_sq = moments or (None, None)
-    is_bfloat16 = exp_avg is not None and exp_avg.dtype == torch.bfloat16
-    tensors = (theta, exp_avg, exp_avg_sq, permutations, g, m, work)
-    _call("learn", theta, g.numel(), tensors, is_bfloat16, lr, *rates, meta.EPS)
+    network = _network(theta, permutations, work, g.numel())
+    if moments is not None:
+        network.mean, network.square = (moment.data_ptr() for moment in moments)
+        network.is_bfloat16 = moments[0].dtype == torch.bfloat16
+    network.lr, network.inner, network.count, network.eps = lr, rates[:4], rates.count, inner_optimizer.EPS
+    function("learn", theta.dtype)(network, g.data_ptr(), m.data_ptr())
 
 
-def _call(name: str, theta: Tensor, size: int, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
-    """Calls an entry point for theta's dtype with contiguous tensors, the network's shape, threads and numbers."""
+def _network(theta: Tensor, permutations: Tensor | None, work: Tensor, size: int) -> Network:
     layers, block, _, width = theta.shape
-    function = getattr(_load(), f"lodo_{name}_{SUFFIX[theta.dtype]}")
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    function(*pointers, layers, block, width, size, torch.get_num_threads(), *numbers)
+    return Network(
+        theta=theta.data_ptr(),
+        permutations=None if permutations is None else permutations.data_ptr(),
+        work=work.data_ptr(),
+        layers=layers,
+        block=block,
+        width=width,
+        size=size,
+        threads=torch.get_num_threads(),
+    )
 
 
 def round_into_(target: Tensor, values: Tensor, count: int) -> None:
     """`reference.round_into_`."""
-    function = getattr(_load(), f"lodo_round_{SUFFIX[values.dtype]}")
-    function(target.data_ptr(), values.data_ptr(), values.numel(), count, torch.get_num_threads())
-
-
-def judge_(
-    tensors: Sequence[Tensor | None],
-    largest: float,
-    lr: float,
-    steps: float,
-    by: meta.Descent,
-    rates: meta.Rates | None,
-    bound: float,
-    network_bound: float,
-) -> None:
-    """`lodo.fused.Fused.judge_`, with its tensors in the order of `judge` in parts.cpp; `steps` that the momenta were
-    made of; bounds of the mixture's table and of the network's logarithms."""
-    inner = (0.0,) * 4 if rates is None else rates[:-1]
-    tiny = meta.tiny(torch.float64)
-    numbers = (largest, lr, steps, *by, tiny, bound, *inner, meta.EPS, network_bound)
-    _call_parts("judge", tensors, _sizes(tensors), *numbers)
-
-
-def advance_(
-    tensors: Sequence[Tensor | None],
-    largest: float,
-    steps: float,
-    weight: float,
-    bias: float,
-    eps: float,
-    unit: float,
-    longest: float,
-    coast: float,
-    lr: float = 0.0,
-    beta: float = 0.0,
-    trace: float = 0.0,
-    momentum_bias: float = 1.0,
-) -> None:
-    """`lodo.fused.Fused.advance_`, with its tensors in the order of `advance` in parts.cpp; without a gradient among
-    them the gains alone are brought up to date."""
-    numbers = (largest, steps, weight, bias, eps, unit, longest, coast, lr, beta, trace, momentum_bias)
-    _call_parts("advance", tensors, _sizes(tensors), *numbers)
-
-
-def scale_learn_(
-    table: Tensor, levels: Tensor, moves: Tensor, g: Tensor, offsets: Tensor, by: meta.Descent, bound: float
-) -> None:
-    """`lodo.scale.Scale.learn_`."""
-    tensors = (g, moves, table, levels, offsets)
-    _call_parts("scale_learn", tensors, table.shape[1:], *by, meta.tiny(table.dtype), bound)
-
-
-def energies(vector: Tensor, offsets: Tensor) -> list[float]:
-    """The sum of squares of each tensor's part of a vector, with no overflow in between."""
-    count = offsets.numel() - 1
-    sums = (ctypes.c_double * count)()
-    _function("energies", vector.dtype)(vector.data_ptr(), sums, offsets.data_ptr(), count, torch.get_num_threads())
-    return list(sums)
-
-
-def _sizes(tensors: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Number of decays and of tensors in the group, from the last two arguments: decays and offsets."""
-    decays, offsets = tensors[-2:]
-    assert offsets is not None
-    return 0 if decays is None else decays.numel(), offsets.numel() - 1
-
-
-def _call_parts(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *numbers: float) -> None:
-    """Calls an entry point of parts.cpp for the first tensor's dtype: contiguous tensors, sizes, threads, numbers."""
-    assert tensors[0] is not None
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    _function(name, tensors[0].dtype)(*pointers, *sizes, torch.get_num_threads(), *numbers)
+    threads = torch.get_num_threads()
+    function("round", values.dtype)(target.data_ptr(), values.data_ptr(), values.numel(), int(count), threads)
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Any:
+def function(name: str, dtype: torch.dtype) -> Any:
+    """The entry point for vectors of a dtype."""
     return getattr(_load(), f"lodo_{name}_{SUFFIX[dtype]}")

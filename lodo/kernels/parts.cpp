@@ -1,12 +1,13 @@
-// CPU kernels of the step whose G is diagonal (lodo/fused.py): one pass over memory for lines 1 and 2 of Algorithm 1,
-// one for lines 3 and 4, and no call for each tensor of a param group.
+// CPU kernels of the step whose G is diagonal (lodo/update/fused.py): one pass over memory for lines 1 and 2 of
+// Algorithm 1, one for lines 3 and 4, and no call for each parameter of a group.
 //
-// Built with block_permutation.cpp by native.py and called through ctypes. The plain form is lodo/step.py with what it
-// calls: lodo/mixture.py, lodo/scale.py, lodo/bases.py, lodo/preconditioners/log_diagonal.py and, for what moves the
-// small tables, `lodo.meta.descend_`. Pointers are null for parts that there are not.
+// Built with block_permutation.cpp by native.py and called through ctypes. The plain form is lodo/update/plain.py with
+// what it calls in lodo/parts, lodo/preconditioners/log_diagonal.py and, for what moves the small tables,
+// `lodo.inner_optimizer.descend_`. Pointers are null for parts that there are not.
 //
-// Vectors of n numbers of type T are cut into the k tensors of a group by `offsets` (k + 1). Tables are of doubles.
-// Sums are over chunks, whose results are added in order: they do not depend on the number of threads.
+// Vectors of n numbers of type T are cut into the k parameters of a group by `offsets` (k + 1). Tables are of doubles,
+// one parameter after the other. Sums are over chunks, whose results are added in order: they do not depend on the
+// number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,16 +20,60 @@ constexpr int64_t kChunk = 2048;           // numbers of a tensor that a thread 
 constexpr int64_t kBlock = 256;            // of these, products that are added in their own precision
 constexpr int64_t kMinPerThread = 1 << 15; // numbers that make a second thread worth waking
 
+// The numbers of a step of `lodo.inner_optimizer.descend_`.
+struct Descent {
+  double rate, forget1, forget2, bias1, bias2;
+};
+
+// The numbers of a step of the inner optimizer; of lodo/kernels/structures.py, as all structures with these names.
+struct Rates {
+  double step_size, forget1, keep2, forget2;
+};
+
+struct Cohort {
+  double active, steps, lr, last_lr, scheduled_lr;
+  Rates inner;
+  double beta, trace_decay, momentum_bias;
+  double square_weight, square_bias, inverse_unit;
+  Descent scale, mixture;
+  double steps_behind;
+};
+
+struct Group {
+  const int64_t *offsets;
+  const int32_t *cohort;
+  int64_t parameters, threads;
+  double tiny;
+  const void *gradient;
+  void *momentum, *step, *diagonal, *trace;
+  const uint8_t *idle;
+  void *theta, *theta_mean, *theta_square;
+  double theta_eps, largest_theta;
+  void *square;
+  const double *shares;
+  double eps, longest;
+  double *scale, *scale_peak;
+  const void *step_trace;
+  double largest_log_scale;
+  void *momenta;
+  double *mixture;
+  const double *decays;
+  int64_t decay_count;
+  double coast, largest_logit;
+};
+
 struct Chunk {
   int64_t tensor, first, end;
 };
 
-// The vector of a group, cut at the tensors and within them.
+// The vector of a group, cut at the parameters and within them.
 struct Cut {
   std::vector<Chunk> chunks;
   int team = 1;
 
-  Cut(const int64_t *offsets, int64_t tensors, int threads) {
+  explicit Cut(const Group &group) : Cut(group.offsets, group.parameters, group.threads) {}
+
+  Cut(const int64_t *offsets, int64_t tensors, int64_t threads) {
     for (int64_t j = 0; j < tensors; ++j)
       for (int64_t first = offsets[j]; first < offsets[j + 1]; first += kChunk)
         chunks.push_back({j, first, std::min(first + kChunk, offsets[j + 1])});
@@ -48,20 +93,16 @@ struct Cut {
   }
 };
 
-// The numbers of a step of `lodo.meta.descend_`.
-struct Descent {
-  double rate, forget1, forget2, bias1, bias2, tiny, bound;
-};
-
-void descend(double *table, int64_t count, const double *slopes, const Descent &by) {
+// A step of a table: `count` numbers of a parameter, their means and their squares, one after the other.
+void descend(double *table, int64_t count, const double *slopes, const Descent &by, double tiny, double bound) {
   double *u = table, *mean = table + count, *square = table + 2 * count;
   const double largest = 0.5 * std::sqrt(std::numeric_limits<double>::max());
   for (int64_t i = 0; i < count; ++i) {
     const double h = std::isfinite(slopes[i]) ? std::clamp(slopes[i], -largest, largest) : 0.0;
     mean[i] += by.forget1 * (h - mean[i]);
     square[i] += by.forget2 * (h * h - square[i]);
-    u[i] -= by.rate * (mean[i] / by.bias1) / (std::sqrt(square[i] / by.bias2) + by.tiny);
-    u[i] = std::clamp(u[i], -by.bound, by.bound);
+    u[i] -= by.rate * (mean[i] / by.bias1) / (std::sqrt(square[i] / by.bias2) + tiny);
+    u[i] = std::clamp(u[i], -bound, bound);
   }
 }
 
@@ -86,32 +127,13 @@ template <typename T> double energy(const T *a, int64_t count) {
   return wide;
 }
 
-// The softmax over the decays of the first (decays, tensors) of a table, as torch computes it.
-std::vector<double> softmax(const double *u, int64_t decays, int64_t tensors) {
-  std::vector<double> w(decays * tensors);
-  for (int64_t j = 0; j < tensors; ++j) {
-    double top = u[j], sum = 0;
-    for (int64_t b = 1; b < decays; ++b) top = std::max(top, u[b * tensors + j]);
-    for (int64_t b = 0; b < decays; ++b) sum += w[b * tensors + j] = std::exp(u[b * tensors + j] - top);
-    for (int64_t b = 0; b < decays; ++b) w[b * tensors + j] /= sum;
-  }
-  return w;
+// The softmax of the weights of a parameter, as torch computes it.
+void softmax(const double *u, double *w, int64_t decays) {
+  double top = u[0], sum = 0;
+  for (int64_t b = 1; b < decays; ++b) top = std::max(top, u[b]);
+  for (int64_t b = 0; b < decays; ++b) sum += w[b] = std::exp(u[b] - top);
+  for (int64_t b = 0; b < decays; ++b) w[b] /= sum;
 }
-
-// What lies in the memory of a group of parameters.
-struct Group {
-  const int64_t *offsets;
-  int64_t tensors;
-  int threads;
-};
-
-// The learned momentum: `momenta` (decays, n) of type T, and its table.
-template <typename T> struct Mixture {
-  T *momenta;
-  double *table;
-  const double *decay;
-  int64_t decays;
-};
 
 // The inner optimizer of the network's n logarithms, which stay within +-bound; SGD without moments.
 template <typename T> struct Inner {
@@ -138,68 +160,61 @@ template <typename T> void learn(Inner<T> by, int64_t first, int64_t count, cons
   }
 }
 
-// The factor of tensor j in S^power.
-template <typename T> T factor(const double *scale, int64_t j, double power, double largest) {
-  return scale == nullptr ? T(1) : T(std::exp(std::clamp(power * scale[j], -largest, largest)));
+// The factor of parameter j in S^power.
+template <typename T> T factor(const Group &group, int64_t j, double power) {
+  if (group.scale == nullptr) return T(1);
+  return T(std::exp(std::clamp(power * group.scale[3 * j], -group.largest_log_scale, group.largest_log_scale)));
 }
 
-// `lodo.mixture.Mixture.learn_` from the products <reply, momentum>, by decay and tensor.
-template <typename T>
-void learn_mixture(const Mixture<T> &mixture, std::vector<double> &products, int64_t tensors, double steps,
-                   const Descent &by) {
-  const std::vector<double> w = softmax(mixture.table, mixture.decays, tensors);
-  std::vector<double> h(products.size());
-  for (int64_t j = 0; j < tensors; ++j) {
-    double mean = 0;
-    for (int64_t b = 0; b < mixture.decays; ++b) {
-      double &own = products[b * tensors + j];
-      own /= 1 - std::pow(mixture.decay[b], steps);
-      if (!std::isfinite(own)) own = 0;
-      mean += w[b * tensors + j] * own;
-    }
-    for (int64_t b = 0; b < mixture.decays; ++b)
-      h[b * tensors + j] = -w[b * tensors + j] * (products[b * tensors + j] - mean);
+// `lodo.parts.mixture.Mixture.learn_from_response_` for a parameter, from its products <response, momentum>.
+void learn_mixture(const Group &group, const Cohort &by, int64_t j, double *products) {
+  const int64_t decays = group.decay_count;
+  double *table = group.mixture + 3 * decays * j;
+  std::vector<double> w(decays), h(decays);
+  softmax(table, w.data(), decays);
+  double mean = 0;
+  for (int64_t b = 0; b < decays; ++b) {
+    products[b] /= 1 - std::pow(group.decays[b], by.steps_behind);
+    if (!std::isfinite(products[b])) products[b] = 0;
+    mean += w[b] * products[b];
   }
-  descend(mixture.table, mixture.decays * tensors, h.data(), by);
+  for (int64_t b = 0; b < decays; ++b) h[b] = -w[b] * (products[b] - mean);
+  descend(table, decays, h.data(), by.mixture, group.tiny, group.largest_logit);
 }
 
-// Lines 1 and 2: the reply S^-1 gains g to a gradient teaches the mixture, and with the judged vector the network.
-template <typename T>
-void judge(const T *g, const T *gains, const T *judged, const double *scale, const Mixture<T> &mixture,
-           const Inner<T> &inner, const Group &group, double steps, const Descent &by, T lr, double largest) {
-  const Cut cut(group.offsets, group.tensors, group.threads);
-  const int64_t n = group.offsets[group.tensors];
-  std::vector<double> parts(cut.chunks.size() * mixture.decays), products(mixture.decays * group.tensors);
+// Lines 1 and 2: the response S^-1 diagonal g to a gradient teaches the mixture, and with the judged vector the network.
+template <typename T> void learn_all(const Group &group, const Cohort *cohorts, const T *g, const T *judged) {
+  const Cut cut(group);
+  const int64_t n = group.offsets[group.parameters], decays = group.decay_count;
+  const T *diagonal = static_cast<const T *>(group.diagonal), *momenta = static_cast<const T *>(group.momenta);
+  std::vector<double> parts(cut.chunks.size() * decays), products(decays * group.parameters);
   cut.each([&](int64_t i, const Chunk &at) {
-    T reply[kChunk];
+    const Cohort &by = cohorts[group.cohort[at.tensor]];
+    if (by.active == 0) return;
+    T response[kChunk];
     const int64_t count = at.end - at.first;
-    const T inverse = factor<T>(scale, at.tensor, -1.0, largest);
+    const T inverse = factor<T>(group, at.tensor, -1.0);
 #pragma omp simd
-    for (int64_t k = 0; k < count; ++k) reply[k] = gains[at.first + k] * (inverse * g[at.first + k]);
-    for (int64_t b = 0; b < mixture.decays; ++b)
-      parts[i * mixture.decays + b] = dot(mixture.momenta + b * n + at.first, reply, count);
-    if (inner.theta != nullptr) {
-      const T minus_lr = -lr;
+    for (int64_t k = 0; k < count; ++k) response[k] = diagonal[at.first + k] * (inverse * g[at.first + k]);
+    for (int64_t b = 0; b < decays; ++b) parts[i * decays + b] = dot(momenta + b * n + at.first, response, count);
+    if (group.theta == nullptr) return;
+    const T minus_lr = -T(by.last_lr);
 #pragma omp simd
-      for (int64_t k = 0; k < count; ++k) reply[k] *= minus_lr * judged[at.first + k];
-      learn(inner, at.first, count, reply);
-    }
+    for (int64_t k = 0; k < count; ++k) response[k] *= minus_lr * judged[at.first + k];
+    const Rates &rates = by.inner;
+    learn(Inner<T>{static_cast<T *>(group.theta), static_cast<T *>(group.theta_mean),
+                   static_cast<T *>(group.theta_square), T(rates.step_size), T(rates.forget1), T(rates.keep2),
+                   T(rates.forget2), T(group.theta_eps), T(group.largest_theta)},
+          at.first, count, response);
   });
-  if (mixture.decays == 0) return;
+  if (decays == 0) return;
   for (size_t i = 0; i < cut.chunks.size(); ++i)
-    for (int64_t b = 0; b < mixture.decays; ++b)
-      products[b * group.tensors + cut.chunks[i].tensor] += parts[i * mixture.decays + b];
-  learn_mixture(mixture, products, group.tensors, steps, by);
+    for (int64_t b = 0; b < decays; ++b) products[cut.chunks[i].tensor * decays + b] += parts[i * decays + b];
+  for (int64_t j = 0; j < group.parameters; ++j) {
+    const Cohort &by = cohorts[group.cohort[j]];
+    if (by.active != 0) learn_mixture(group, by, j, products.data() + decays * j);
+  }
 }
-
-// Adam's second moment v and its numbers; no moment without a base. `share` has one number for each tensor: where v is
-// at most that share of its sum over the tensor it is rounding, and there is no gain.
-template <typename T> struct Base {
-  T *square;
-  T weight, inverse_bias, eps;
-  double inverse_unit, longest, momentum_bias;
-  const double *share;
-};
 
 // v <- v + weight * (g^2 - v), unless g is null; returns the sum.
 template <typename T> double take_in_square(T *__restrict v, const T *__restrict g, T weight, int64_t count) {
@@ -218,19 +233,17 @@ template <typename T> double take_in_square(T *__restrict v, const T *__restrict
   return total;
 }
 
-// Multiplies S D into the gains.
+// Multiplies S D into the diagonal; v of at most `floor` is rounding, and has no gain.
 template <typename T>
-void complete(T *__restrict gains, Base<T> base, T scale, T floor, int64_t first, int64_t count) {
-  if (base.square == nullptr) {
+void complete(T *__restrict diagonal, const T *__restrict v, T scale, T inverse_bias, T eps, T floor, int64_t count) {
+  if (v == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) gains[i] *= scale;
+    for (int64_t i = 0; i < count; ++i) diagonal[i] *= scale;
     return;
   }
-  const T *__restrict v = base.square + first;
-  scale *= T(base.inverse_unit);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i)
-    gains[i] *= v[i] > floor ? scale / (std::sqrt(v[i] * base.inverse_bias) + base.eps) : T(0);
+    diagonal[i] *= v[i] > floor ? scale / (std::sqrt(v[i] * inverse_bias) + eps) : T(0);
 }
 
 // momentum <- lerp(momentum, g, 1 - decay), by the one of two formulas that torch takes for it.
@@ -257,24 +270,16 @@ void take_in_and_add(T *__restrict momentum, const T *__restrict g, Forgetting<T
   for (int64_t i = 0; i < count; ++i) sum[i] += share * (momentum[i] = forgetting(momentum[i], g[i]));
 }
 
-// e <- trace * e + m, unless that is null; step = lr * gains * m.
+// e <- trace * e + m, unless that is null; step = lr * diagonal * m.
 template <typename T>
-void finish(T *__restrict e, T *__restrict step, const T *__restrict m, const T *__restrict gains, T trace, T lr,
+void finish(T *__restrict e, T *__restrict step, const T *__restrict m, const T *__restrict diagonal, T trace, T lr,
             int64_t count) {
   if (e != nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) e[i] = trace * e[i] + m[i];
   }
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) step[i] = lr * (gains[i] * m[i]);
-}
-
-// The weights of the mixture by decay and tensor, each over the momentum's correction for its start at zero.
-template <typename T> std::vector<double> corrected(const Mixture<T> &mixture, int64_t tensors, double steps) {
-  std::vector<double> w = softmax(mixture.table, mixture.decays, tensors);
-  for (int64_t b = 0; b < mixture.decays; ++b)
-    for (int64_t j = 0; j < tensors; ++j) w[b * tensors + j] /= 1 - std::pow(mixture.decay[b], steps);
-  return w;
+  for (int64_t i = 0; i < count; ++i) step[i] = lr * (diagonal[i] * m[i]);
 }
 
 // Sums over each tensor of what its chunks have.
@@ -284,21 +289,25 @@ std::vector<double> by_tensor(const Cut &cut, const std::vector<double> &parts, 
   return sums;
 }
 
-// `lodo.bases.AdamBase.settle_`: raises v on tensors whose momentum has outgrown it; `squares` are the sums of v.
+// `lodo.parts.second_moment.SecondMoment.follow_`: raises v on parameters whose momentum has outgrown it; `squares` are
+// the sums of v.
 template <typename T>
-void settle(const Base<T> &base, const Cut &cut, const std::vector<double> &momenta, std::vector<double> &squares) {
+void follow(const Group &group, const Cohort *cohorts, const Cut &cut, const std::vector<double> &momenta,
+            std::vector<double> &squares) {
   std::vector<double> factors(squares.size(), 1.0);
   bool is_any = false;
   for (size_t j = 0; j < squares.size(); ++j) {
-    const double bias = base.momentum_bias, most = base.longest * base.longest * squares[j] * base.inverse_bias;
-    const double factor = momenta[j] / (bias * bias) / most;
+    const Cohort &by = cohorts[group.cohort[j]];
+    if (by.active == 0) continue;
+    const double most = group.longest * group.longest * squares[j] * double(T(1 / by.square_bias));
+    const double factor = momenta[j] / (by.momentum_bias * by.momentum_bias) / most;
     if (factor > 1 && std::isfinite(factor)) factors[j] = factor, is_any = true;
   }
   if (!is_any) return;
   std::vector<double> parts(cut.chunks.size());
   cut.each([&](int64_t i, const Chunk &at) {
     const T factor = T(factors[at.tensor]);
-    T *__restrict v = base.square + at.first;
+    T *__restrict v = static_cast<T *>(group.square) + at.first;
     const int64_t count = at.end - at.first;
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) v[k] *= factor;
@@ -307,97 +316,107 @@ void settle(const Base<T> &base, const Cut &cut, const std::vector<double> &mome
   squares = by_tensor(cut, parts, int64_t(squares.size()));
 }
 
-// Lines 3 and 4: a gradient goes into base and momentum, the momentum into its trace e, and the step is lr * gains * m.
-// The gains come in as those of the network. Without a gradient they are completed, and that is all. Momenta of tensors
-// that are `idle` decay at least as fast as `coast`.
+// Line 3 for a chunk: a gradient goes into the momentum, or into the momenta and their mixture.
 template <typename T>
-void advance(T *gains, const T *g, T *m, T *e, T *step, const double *scale, const Base<T> &base,
-             const Mixture<T> &mixture, const Group &group, double steps, double beta, T trace, T lr, double largest,
-             const uint8_t *idle, double coast) {
-  const int64_t n = group.offsets[group.tensors];
-  const bool is_mixed = g != nullptr && mixture.decays > 0;
-  const std::vector<double> shares = is_mixed ? corrected(mixture, group.tensors, steps) : std::vector<double>();
-  const Cut cut(group.offsets, group.tensors, group.threads);
+void average(const Group &group, const Cohort &by, const Chunk &at, const T *g, const double *shares) {
+  const int64_t n = group.offsets[group.parameters], first = at.first, count = at.end - at.first;
+  T *__restrict m = static_cast<T *>(group.momentum) + first;
+  if (group.decay_count == 0) {
+    take_in(m, g + first, Forgetting<T>(by.beta), count);
+    return;
+  }
+  std::fill(m, m + count, T(0));
+  const double most = group.idle != nullptr && group.idle[at.tensor] ? group.coast : 1.0;
+  for (int64_t b = 0; b < group.decay_count; ++b)
+    take_in_and_add(static_cast<T *>(group.momenta) + b * n + first, g + first,
+                    Forgetting<T>(std::min(group.decays[b], most)), m, T(shares[b]), count);
+}
+
+// The weights of the mixtures, each over the momentum's correction for its start at zero, by parameter and decay.
+std::vector<double> corrected(const Group &group, const Cohort *cohorts) {
+  const int64_t decays = group.decay_count;
+  std::vector<double> w(decays * group.parameters);
+  for (int64_t j = 0; j < group.parameters && decays > 0; ++j) {
+    softmax(group.mixture + 3 * decays * j, w.data() + decays * j, decays);
+    for (int64_t b = 0; b < decays; ++b)
+      w[decays * j + b] /= 1 - std::pow(group.decays[b], cohorts[group.cohort[j]].steps);
+  }
+  return w;
+}
+
+// Lines 3 and 4: a gradient goes into second moment and momentum, the momentum into its trace, and the step is
+// lr * diagonal * m. The diagonal comes in as that of the network. Where the cohort is not active it is completed, and
+// the step is zero. Momenta of parameters that are `idle` decay at least as fast as `coast`.
+template <typename T> void advance(const Group &group, const Cohort *cohorts) {
+  const T *g = static_cast<const T *>(group.gradient);
+  T *diagonal = static_cast<T *>(group.diagonal), *step = static_cast<T *>(group.step);
+  T *trace = static_cast<T *>(group.trace), *square = static_cast<T *>(group.square);
+  T *momentum = static_cast<T *>(group.momentum);
+  const std::vector<double> shares = corrected(group, cohorts);
+  const Cut cut(group);
   std::vector<double> square_parts(cut.chunks.size()), momentum_parts(cut.chunks.size());
   cut.each([&](int64_t i, const Chunk &at) {
-    const int64_t first = at.first, count = at.end - at.first;
-    const T *from = g == nullptr ? nullptr : g + first;
-    if (base.square != nullptr) square_parts[i] = take_in_square(base.square + first, from, base.weight, count);
-    if (g == nullptr) return;
-    T *__restrict mixed = m + first;
-    if (mixture.decays == 0) {
-      take_in(mixed, from, Forgetting<T>(beta), count);
-    } else {
-      std::fill(mixed, mixed + count, T(0));
-    }
-    const double most = idle != nullptr && idle[at.tensor] ? coast : 1.0;
-    for (int64_t b = 0; b < mixture.decays; ++b)
-      take_in_and_add(mixture.momenta + b * n + first, from, Forgetting<T>(std::min(mixture.decay[b], most)), mixed,
-                      T(shares[b * group.tensors + at.tensor]), count);
-    if (base.square != nullptr) momentum_parts[i] = energy<T>(mixed, count);
+    const Cohort &by = cohorts[group.cohort[at.tensor]];
+    const bool is_active = by.active != 0;
+    const int64_t count = at.end - at.first;
+    if (square != nullptr)
+      square_parts[i] = take_in_square<T>(square + at.first, is_active ? g + at.first : nullptr, T(by.square_weight), count);
+    if (!is_active) return;
+    average<T>(group, by, at, g, shares.data() + group.decay_count * at.tensor);
+    if (square != nullptr) momentum_parts[i] = energy<T>(momentum + at.first, count);
   });
-  std::vector<double> squares = by_tensor(cut, square_parts, group.tensors);
-  if (base.square != nullptr && g != nullptr) settle(base, cut, by_tensor(cut, momentum_parts, group.tensors), squares);
+  std::vector<double> squares = by_tensor(cut, square_parts, group.parameters);
+  if (square != nullptr) follow<T>(group, cohorts, cut, by_tensor(cut, momentum_parts, group.parameters), squares);
   cut.each([&](int64_t, const Chunk &at) {
+    const Cohort &by = cohorts[group.cohort[at.tensor]];
     const int64_t first = at.first, count = at.end - at.first;
-    const T floor = base.share == nullptr ? T(0) : T(base.share[at.tensor] * squares[at.tensor]);
-    complete(gains + first, base, factor<T>(scale, at.tensor, 1.0, largest), floor, first, count);
-    if (g != nullptr)
-      finish(e == nullptr ? nullptr : e + first, step + first, m + first, gains + first, trace, lr, count);
+    const T floor = group.shares == nullptr ? T(0) : T(group.shares[at.tensor] * squares[at.tensor]);
+    T scale = factor<T>(group, at.tensor, 1.0);
+    if (square != nullptr) scale *= T(by.inverse_unit);
+    complete<T>(diagonal + first, square == nullptr ? nullptr : square + first, scale, T(1 / by.square_bias), T(group.eps),
+                floor, count);
+    if (by.active != 0)
+      finish<T>(trace == nullptr ? nullptr : trace + first, step + first, momentum + first, diagonal + first,
+                T(by.trace_decay), T(by.lr), count);
+    else if (step != nullptr)
+      std::fill(step + first, step + first + count, T(0));
   });
 }
 
-template <typename T>
-void scale_learn(const T *g, const T *moves, double *table, double *levels, const Group &group, const Descent &by) {
-  const Cut cut(group.offsets, group.tensors, group.threads);
-  std::vector<double> parts(cut.chunks.size()), h(group.tensors);
-  cut.each([&](int64_t i, const Chunk &at) { parts[i] = dot(g + at.first, moves + at.first, at.end - at.first); });
+// `lodo.parts.tensor_scale.TensorScale.learn_`.
+template <typename T> void learn_scales(const Group &group, const Cohort *cohorts, const T *g) {
+  const Cut cut(group);
+  const T *trace = static_cast<const T *>(group.step_trace);
+  std::vector<double> parts(cut.chunks.size()), h(group.parameters);
+  cut.each([&](int64_t i, const Chunk &at) { parts[i] = dot(g + at.first, trace + at.first, at.end - at.first); });
   for (size_t i = 0; i < cut.chunks.size(); ++i) h[cut.chunks[i].tensor] -= parts[i];
-  descend(table, group.tensors, h.data(), by);
-  for (int64_t j = 0; j < group.tensors; ++j) levels[1 + j] = std::max(levels[1 + j], levels[0] * std::exp(table[j]));
+  for (int64_t j = 0; j < group.parameters; ++j) {
+    const Cohort &by = cohorts[group.cohort[j]];
+    descend(group.scale + 3 * j, 1, &h[j], by.scale, group.tiny, group.largest_log_scale);
+    group.scale_peak[j] = std::max(group.scale_peak[j], by.scheduled_lr * std::exp(group.scale[3 * j]));
+  }
 }
 
-template <typename T> void energies(const T *g, double *sums, const Group &group) {
-  const Cut cut(group.offsets, group.tensors, group.threads);
+template <typename T> void energies(const Group &group, const T *g, double *sums) {
+  const Cut cut(group);
   std::vector<double> parts(cut.chunks.size());
   cut.each([&](int64_t i, const Chunk &at) { parts[i] = energy(g + at.first, at.end - at.first); });
-  const std::vector<double> found = by_tensor(cut, parts, group.tensors);
+  const std::vector<double> found = by_tensor(cut, parts, group.parameters);
   std::copy(found.begin(), found.end(), sums);
 }
 
 } // namespace
 
 #define LODO_PARTS(T, SUFFIX)                                                                                          \
-  extern "C" void lodo_judge_##SUFFIX(                                                                                 \
-      const T *g, const T *gains, const T *judged, const double *scale, T *theta, T *mean, T *square, T *momenta,      \
-      double *table, const double *decay, const int64_t *offsets, int64_t decays, int64_t tensors, int threads,        \
-      double largest, double lr, double steps, double rate, double table_forget1, double table_forget2, double bias1,  \
-      double bias2, double tiny, double bound, double step_size, double forget1, double keep2, double forget2,         \
-      double eps, double theta_bound) {                                                                                \
-    judge<T>(g, gains, judged, scale, {momenta, table, decay, decays},                                                 \
-             {theta, mean, square, T(step_size), T(forget1), T(keep2), T(forget2), T(eps), T(theta_bound)},            \
-             {offsets, tensors, threads}, steps, {rate, table_forget1, table_forget2, bias1, bias2, tiny, bound},      \
-             T(lr), largest);                                                                                          \
+  extern "C" void lodo_learn_all_##SUFFIX(const Group *group, const Cohort *cohorts, const T *g, const T *judged) {    \
+    learn_all<T>(*group, cohorts, g, judged);                                                                          \
   }                                                                                                                    \
-  extern "C" void lodo_advance_##SUFFIX(                                                                               \
-      T *gains, const T *g, T *m, T *e, T *step, const double *scale, T *square, const double *share,                  \
-      const uint8_t *idle, T *momenta, double *table, const double *decay, const int64_t *offsets, int64_t decays,     \
-      int64_t tensors, int threads, double largest, double steps, double weight, double bias, double eps, double unit, \
-      double longest, double coast, double lr, double beta, double trace, double momentum_bias) {                      \
-    advance<T>(gains, g, m, e, step, scale,                                                                            \
-               {square, T(weight), T(1 / bias), T(eps), 1 / unit, longest, momentum_bias, share},                      \
-               {momenta, table, decay, decays}, {offsets, tensors, threads}, steps, beta, T(trace), T(lr), largest,    \
-               idle, coast);                                                                                           \
+  extern "C" void lodo_advance_##SUFFIX(const Group *group, const Cohort *cohorts) { advance<T>(*group, cohorts); }    \
+  extern "C" void lodo_learn_scales_##SUFFIX(const Group *group, const Cohort *cohorts, const T *g) {                  \
+    learn_scales<T>(*group, cohorts, g);                                                                               \
   }                                                                                                                    \
-  extern "C" void lodo_scale_learn_##SUFFIX(                                                                           \
-      const T *g, const T *moves, double *table, double *levels, const int64_t *offsets, int64_t tensors, int threads, \
-      double rate, double forget1, double forget2, double bias1, double bias2, double tiny, double bound) {            \
-    scale_learn<T>(g, moves, table, levels, {offsets, tensors, threads},                                               \
-                   {rate, forget1, forget2, bias1, bias2, tiny, bound});                                               \
-  }                                                                                                                    \
-  extern "C" void lodo_energies_##SUFFIX(const T *g, double *sums, const int64_t *offsets, int64_t tensors,            \
-                                         int threads) {                                                                \
-    energies<T>(g, sums, {offsets, tensors, threads});                                                                 \
+  extern "C" void lodo_energies_##SUFFIX(const Group *group, const T *g, double *sums) {                               \
+    energies<T>(*group, g, sums);                                                                                      \
   }
 
 LODO_PARTS(float, f32)

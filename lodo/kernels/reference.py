@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import inner_optimizer
 from lodo.rounding import random_words, to_bfloat16
 from lodo.scalars import Number
 
@@ -74,12 +74,12 @@ def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, kept: None = N
 
 def learn_(
     theta: Tensor,
-    moments: meta.Moments | None,
+    moments: inner_optimizer.Moments | None,
     permutations: Tensor | None,
     g: Tensor,
     m: Tensor,
     lr: Number,
-    rates: meta.Rates,
+    rates: inner_optimizer.Rates,
     kept: None = None,
 ) -> None:
     """One inner update of theta along h = -d/dtheta lr <U g, U m>, by backpropagation through the layers (section 3).
@@ -124,12 +124,12 @@ def residual_matvec(theta: Tensor, indices: Tensor, v: Tensor) -> Tensor:
 
 def residual_learn_(
     theta: Tensor,
-    moments: meta.Moments | None,
+    moments: inner_optimizer.Moments | None,
     indices: Tensor,
     g: Tensor,
     m: Tensor,
     lr: Number,
-    rates: meta.Rates,
+    rates: inner_optimizer.Rates,
 ) -> None:
     """One inner update of w and D.
 
@@ -161,19 +161,26 @@ def residual_learn_(
             _update_row(theta, layer, h, moments, rates)
 
 
-def _update_row(theta: Tensor, row: int, h: Tensor, moments: meta.Moments | None, rates: meta.Rates) -> None:
+def _update_row(
+    theta: Tensor, row: int, h: Tensor, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
+) -> None:
     slices = None if moments is None else (moments[0][row], moments[1][row])
-    meta.update_(theta[row], h, slices, rates, row * h.numel())
+    inner_optimizer.update_(theta[row], h, slices, rates, row * h.numel())
 
 
 # ---- LODO-Diagonal --------------------------------------------------------------------------------------------------
 
 
 def diagonal_learn_(
-    theta: Tensor, moments: meta.Moments | None, g: Tensor, m: Tensor, lr: Number, rates: meta.Rates
+    theta: Tensor,
+    moments: inner_optimizer.Moments | None,
+    g: Tensor,
+    m: Tensor,
+    lr: Number,
+    rates: inner_optimizer.Rates,
 ) -> None:
     """One inner update of diag(theta)."""
-    meta.update_(theta, (g * m).mul_(-lr), moments, rates)
+    inner_optimizer.update_(theta, (g * m).mul_(-lr), moments, rates)
 
 
 # ---- what is kept in bfloat16 ---------------------------------------------------------------------------------------

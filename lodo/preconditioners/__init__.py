@@ -2,6 +2,7 @@
 
 from lodo.preconditioners.base import Operator, Preconditioner
 from lodo.preconditioners.block_permutation import BlockPermutation
+from lodo.preconditioners.composite import Composite
 from lodo.preconditioners.diagonal import Diagonal
 from lodo.preconditioners.identity import Identity
 from lodo.preconditioners.log_diagonal import LogDiagonal
@@ -15,6 +16,7 @@ BY_NAME: dict[str, type[Preconditioner]] = {
 __all__ = [
     "BY_NAME",
     "BlockPermutation",
+    "Composite",
     "Diagonal",
     "Identity",
     "LogDiagonal",

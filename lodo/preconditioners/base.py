@@ -2,14 +2,15 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import inner_optimizer
+from lodo.declarations import Dtype, Kind, Options, Slot
 from lodo.scalars import Number
 
 
@@ -18,7 +19,6 @@ class Operator(ABC):
 
     theta: Tensor
     size: int
-    drift: float | None = None  # that bounds meta_lr (`lodo.meta.bounded`)
 
     @abstractmethod
     def apply(self, v: Tensor) -> Tensor:
@@ -33,18 +33,20 @@ class Operator(ABC):
         """The inverse of `rotate`."""
         return v
 
-    def reply(self, g: Tensor) -> Tensor:
-        """What it makes of a rotated gradient that judges it: `apply`, and each tensor's part divided by its scale, if
-        it has one (see `lodo.scale`)."""
+    def precondition(self, g: Tensor) -> Tensor:
+        """The preconditioned gradient that its parts learn from: the operator times a rotated gradient, without the
+        scales of the parameters, if there are any (see `lodo.parts.tensor_scale`)."""
         return self.apply(g)
 
     @abstractmethod
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
+    def learn_(
+        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
+    ) -> None:
         """One inner step of `theta` along h = -d/dtheta <g, G m>, with G = lr times this operator (Algorithm 1).
 
         Args:
             g, m: gradient and momentum, shape (n,), theta's dtype, rotated.
-            lr: of the step that led to where `g` was taken.
+            lr: of the step that led to where `g` was taken; of elementwise networks it may be of shape (n,).
             moments: of the inner Adam, None for the inner SGD; updated in place.
             rates: of this inner step.
         """
@@ -57,40 +59,6 @@ class Operator(ABC):
         Raises:
             NotImplementedError: if this kind of preconditioner has no such bound.
         """
-
-    def observe_(
-        self,
-        g: Tensor,
-        rotated: Tensor | None,
-        kept: Sequence[Tensor],
-        active: Number,
-        steps: Number,
-        age: Number | None = None,
-    ) -> Tensor:
-        """Takes a gradient into what is known beside the network, which may change the coordinates of `rotate`.
-
-        Args:
-            g: gradient of the step that is being made, shape (n,), not rotated.
-            rotated: the same rotated, or None if nobody has computed it.
-            kept: rotated vectors that the optimizer keeps, shape (..., n): brought into the new coordinates in place.
-            active: whether to.
-            steps: the step's number, from 1.
-            age: of these steps, those since learning began anew; None for all.
-
-        Returns:
-            g in the new coordinates.
-        """
-        return self.rotate(g) if rotated is None else rotated
-
-    def settle_(self, m: Tensor, bias: Number, steps: Number, active: Number = True) -> None:
-        """Makes the operator the one of step number `steps`, now that it is known which m it will be applied to.
-
-        Args:
-            m: rotated momentum, shape (n,).
-            bias: what m is yet to be divided by, for its start at zero.
-            steps, active: as for `observe_`.
-        """
-        return
 
     @torch.no_grad()
     def matvec(self, v: Tensor) -> Tensor:
@@ -119,6 +87,13 @@ class Preconditioner(Operator):
     """
 
     kind: ClassVar[str]
+    is_elementwise: ClassVar[bool] = False
+    """Whether it is diagonal, and so consists of what belongs to one parameter each: it is kept there."""
+    learns: ClassVar[bool] = True
+    has_bound: ClassVar[bool] = True
+    """Whether there is `bound_condition_`."""
+    rate_cap: ClassVar[float | None] = None
+    """What meta_lr is capped by (`lodo.inner_optimizer.capped`)."""
 
     def __init__(self, theta: Tensor, permutations: Tensor | None, size: int) -> None:
         """Wraps tensors in storage layout without a copy."""
@@ -135,18 +110,53 @@ class Preconditioner(Operator):
 
     @classmethod
     @abstractmethod
-    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+    def start(cls, size: int, options: Options, dtype: torch.dtype, device: torch.device) -> Self:
         """The initial preconditioner on R^size that the options of a param group ask for."""
 
     @classmethod
     @abstractmethod
-    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+    def theta_shape(cls, size: int, options: Options) -> tuple[int, ...]:
         """The shape of `theta` that `start` would give."""
 
     @classmethod
-    def permutations_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, int] | None:
+    def permutations_shape(cls, size: int, options: Options) -> tuple[int, int] | None:
         """The shape of `permutations_stored` that `start` would give, None if it stores no indices."""
         return None
+
+    @classmethod
+    def slots(cls, options: Options, found: Container[str] = ()) -> tuple[Slot, ...]:
+        """What is kept of it, and of its inner optimizer, for a group with these options, where `found` is the names
+        of what there is already."""
+        kind = Kind.ELEMENTS if cls.is_elementwise else Kind.NETWORK
+        counts = Kind.TABLE if cls.is_elementwise else Kind.NETWORK
+        uses_adam = options["meta_lr"] > 0 and options["meta_optimizer"] == "adam"
+        has_moments = uses_adam or "theta_exp_avg" in found
+        theta = (
+            Slot("theta", kind, network_shape=cls.theta_shape),
+            *(
+                (Slot("permutations", kind, network_shape=cls.permutations_shape, dtype=Dtype.INDEX, low=0.0),)
+                if cls.permutations_shape(1, options) is not None
+                else ()
+            ),
+            *(
+                (
+                    Slot("theta_exp_avg", kind, network_shape=cls.theta_shape, dtype=Dtype.MOMENTS, powers=(1,)),
+                    Slot(
+                        "theta_exp_avg_sq",
+                        kind,
+                        network_shape=cls.theta_shape,
+                        dtype=Dtype.MOMENTS,
+                        low=0.0,
+                        powers=(2,),
+                    ),
+                )
+                if has_moments
+                else ()
+            ),
+            Slot("meta_step", counts, network_shape=_scalar, dtype=Dtype.COUNT, low=0.0),
+        )
+        last_lr = Slot("last_lr", counts, network_shape=_scalar, dtype=Dtype.WIDE)
+        return (*(theta if cls.learns else ()), last_lr)
 
     @property
     @abstractmethod
@@ -155,6 +165,20 @@ class Preconditioner(Operator):
 
     def bound_condition_(self, largest: float) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no bound on its condition")
+
+    def learn_from_response_(
+        self,
+        response: Tensor,
+        m: Tensor,
+        lr: Number,
+        moments: inner_optimizer.Moments | None,
+        rates: inner_optimizer.Rates,
+    ) -> None:
+        """`learn_` of an elementwise network from G g / lr, in place of g, which it overwrites: h = -lr * response * m.
+
+        That is what its hypergradient is where it is one factor of many of a diagonal G, and learns its logarithm.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no diagonal of exponentials")
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Self:
         """A copy with theta in `dtype`, on `device`."""
@@ -165,6 +189,10 @@ class Preconditioner(Operator):
     def __repr__(self) -> str:
         described = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "preconditioner")
         return f"{type(self).__name__}(size={self.size}{', ' if described else ''}{described}, {self.theta.dtype})"
+
+
+def _scalar(size: int, options: Options) -> tuple[int, ...]:
+    return ()
 
 
 def as_tensor(name: str, value: Any) -> Tensor:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lodo import kernels, meta
+from lodo import inner_optimizer, kernels
+from lodo.declarations import Options
 from lodo.preconditioners.base import (
     Preconditioner,
     as_permutations,
@@ -53,7 +54,7 @@ class BlockPermutation(Preconditioner):
         super().__init__(theta, None if is_shuffle else indices, check_size(size, width * block))
 
     @classmethod
-    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+    def start(cls, size: int, options: Options, dtype: torch.dtype, device: torch.device) -> Self:
         """Haar-random orthogonal blocks, so that U^T U = I, and permutations as asked, all from options["seed"]."""
         shape = cls.theta_shape(size, options)
         _, block, _, width = shape
@@ -68,13 +69,13 @@ class BlockPermutation(Preconditioner):
         return cls.wrap(theta, permutations, size)
 
     @classmethod
-    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+    def theta_shape(cls, size: int, options: Options) -> tuple[int, ...]:
         block = options["block_size"]
         depth = DEFAULT_DEPTH if options["depth"] is None else options["depth"]
         return (depth, block, block, padded_size(size, options["expansion"], block) // block)
 
     @classmethod
-    def permutations_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, int] | None:
+    def permutations_shape(cls, size: int, options: Options) -> tuple[int, int] | None:
         layers, block, _, width = cls.theta_shape(size, options)
         return None if layers == 0 or options["permutation"] == "shuffle" else (layers, block * width)
 
@@ -106,7 +107,9 @@ class BlockPermutation(Preconditioner):
         with self._backend(learning=False) as (backend, kept):
             return backend.matvec(self.theta, self.permutations_stored, v, kept)
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
+    def learn_(
+        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
+    ) -> None:
         with self._backend(learning=True) as (backend, kept):
             backend.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, kept)
 

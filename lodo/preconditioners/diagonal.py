@@ -5,7 +5,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import kernels, meta
+from lodo import inner_optimizer, kernels
+from lodo.declarations import Options
 from lodo.preconditioners.base import Preconditioner, as_theta
 from lodo.scalars import Number
 
@@ -26,11 +27,11 @@ class Diagonal(Preconditioner):
         super().__init__(weight, None, len(weight))
 
     @classmethod
-    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+    def start(cls, size: int, options: Options, dtype: torch.dtype, device: torch.device) -> Self:
         return cls.wrap(torch.ones(size, dtype=dtype, device=device), None, size)
 
     @classmethod
-    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+    def theta_shape(cls, size: int, options: Options) -> tuple[int, ...]:
         return (size,)
 
     @property
@@ -45,7 +46,9 @@ class Diagonal(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
+    def learn_(
+        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
+    ) -> None:
         kernels.for_vectors(self.theta).diagonal_learn_(self.theta, moments, g, m, lr, rates)
 
     def bound_condition_(self, largest: float) -> None:

@@ -5,7 +5,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import inner_optimizer
+from lodo.declarations import Options
 from lodo.preconditioners.base import Preconditioner, check_size
 from lodo.scalars import Number
 
@@ -18,16 +19,18 @@ class Identity(Preconditioner):
     """
 
     kind = "identity"
+    is_elementwise = True
+    learns = False
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(torch.empty(0, dtype=dtype), None, check_size(size, 2**63 - 1))
 
     @classmethod
-    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+    def start(cls, size: int, options: Options, dtype: torch.dtype, device: torch.device) -> Self:
         return cls.wrap(torch.empty(0, dtype=dtype, device=device), None, size)
 
     @classmethod
-    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+    def theta_shape(cls, size: int, options: Options) -> tuple[int, ...]:
         return (0,)
 
     @property
@@ -37,8 +40,20 @@ class Identity(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return v.clone()
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
+    def learn_(
+        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
+    ) -> None:
         pass
 
     def bound_condition_(self, largest: float) -> None:
+        pass
+
+    def learn_from_response_(
+        self,
+        response: Tensor,
+        m: Tensor,
+        lr: Number,
+        moments: inner_optimizer.Moments | None,
+        rates: inner_optimizer.Rates,
+    ) -> None:
         pass

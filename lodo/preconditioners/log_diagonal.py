@@ -6,7 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import inner_optimizer
+from lodo.declarations import Options
 from lodo.preconditioners.base import Preconditioner, as_theta
 from lodo.scalars import Number
 
@@ -22,7 +23,8 @@ class LogDiagonal(Preconditioner):
     """
 
     kind = "log_diagonal"
-    drift = 30.0  # a meta_lr of 3e-3 is bounded from step 10,000 on, when a base's averages begin to last longer too
+    is_elementwise = True
+    rate_cap = 30.0  # a meta_lr of 3e-3 is bounded from step 10,000 on, when a base's averages begin to last longer too
 
     bound = math.log(1e6)  # of |w|: no gain leaves [1e-6, 1e6], whatever it learns from
 
@@ -33,11 +35,11 @@ class LogDiagonal(Preconditioner):
         super().__init__(log_weight, None, len(log_weight))
 
     @classmethod
-    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+    def start(cls, size: int, options: Options, dtype: torch.dtype, device: torch.device) -> Self:
         return cls.wrap(torch.zeros(size, dtype=dtype, device=device), None, size)
 
     @classmethod
-    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+    def theta_shape(cls, size: int, options: Options) -> tuple[int, ...]:
         return (size,)
 
     @property
@@ -56,14 +58,20 @@ class LogDiagonal(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.diagonal().mul_(v)
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        self.learn_from_(self.apply(g), m, lr, moments, rates)
-
-    def learn_from_(
-        self, reply: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates
+    def learn_(
+        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
     ) -> None:
-        """`learn_` with the operator times g, in place of g, which it overwrites: h = -lr * reply * m."""
-        meta.update_(self.theta, reply.mul_(m).mul_(-lr), moments, rates)
+        self.learn_from_response_(self.apply(g), m, lr, moments, rates)
+
+    def learn_from_response_(
+        self,
+        response: Tensor,
+        m: Tensor,
+        lr: Number,
+        moments: inner_optimizer.Moments | None,
+        rates: inner_optimizer.Rates,
+    ) -> None:
+        inner_optimizer.update_(self.theta, response.mul_(m).mul_(-lr), moments, rates)
         self.theta.clamp_(-self.bound, self.bound)
 
     def bound_condition_(self, largest: float) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lodo import kernels, meta
+from lodo import inner_optimizer, kernels
+from lodo.declarations import Options
 from lodo.preconditioners.base import (
     Preconditioner,
     as_permutations,
@@ -34,6 +35,7 @@ class Residual(Preconditioner):
     """
 
     kind = "residual"
+    has_bound = False
 
     def __init__(self, diagonals: Tensor, permutations: Tensor, size: int) -> None:
         diagonals = as_theta("diagonals", diagonals, dims=2)
@@ -44,7 +46,7 @@ class Residual(Preconditioner):
         super().__init__(diagonals, indices, check_size(size, padded))
 
     @classmethod
-    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+    def start(cls, size: int, options: Options, dtype: torch.dtype, device: torch.device) -> Self:
         """w_l ~ Normal(0, 1 / sqrt(N)), D = 1, random permutations, all from options["seed"]."""
         rows, padded = cls.theta_shape(size, options)
         generator = np.random.default_rng(options["seed"])
@@ -54,12 +56,12 @@ class Residual(Preconditioner):
         return cls.wrap(theta, random_permutations(rows - 1, padded, generator).to(device), size)
 
     @classmethod
-    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+    def theta_shape(cls, size: int, options: Options) -> tuple[int, ...]:
         depth = DEFAULT_DEPTH if options["depth"] is None else options["depth"]
         return (depth + 1, padded_size(size, options["expansion"], 1))
 
     @classmethod
-    def permutations_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, int] | None:
+    def permutations_shape(cls, size: int, options: Options) -> tuple[int, int] | None:
         rows, padded = cls.theta_shape(size, options)
         return (rows - 1, padded)
 
@@ -88,5 +90,7 @@ class Residual(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return kernels.for_vectors(self.theta).residual_matvec(self.theta, self._indices, v)
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
+    def learn_(
+        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
+    ) -> None:
         kernels.for_vectors(self.theta).residual_learn_(self.theta, moments, self._indices, g, m, lr, rates)

@@ -5,7 +5,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import meta
+from lodo import inner_optimizer
+from lodo.declarations import Options
 from lodo.preconditioners.base import Preconditioner, as_theta, check_size
 from lodo.scalars import Number
 
@@ -19,11 +20,11 @@ class Scalar(Preconditioner):
         super().__init__(as_theta("weight", weight, dims=0), None, check_size(size, 2**63 - 1))
 
     @classmethod
-    def start(cls, size: int, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Self:
+    def start(cls, size: int, options: Options, dtype: torch.dtype, device: torch.device) -> Self:
         return cls.wrap(torch.ones((), dtype=dtype, device=device), None, size)
 
     @classmethod
-    def theta_shape(cls, size: int, options: dict[str, Any]) -> tuple[int, ...]:
+    def theta_shape(cls, size: int, options: Options) -> tuple[int, ...]:
         return ()
 
     @property
@@ -38,8 +39,10 @@ class Scalar(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 
-    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: meta.Moments | None, rates: meta.Rates) -> None:
-        meta.update_(self.theta, torch.dot(g, m).mul_(-lr), moments, rates)
+    def learn_(
+        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
+    ) -> None:
+        inner_optimizer.update_(self.theta, torch.dot(g, m).mul_(-lr), moments, rates)
 
     def bound_condition_(self, largest: float) -> None:
         self.theta.clamp_(largest**-0.5, largest**0.5)

@@ -9,7 +9,7 @@ distributed checkpoints save and gather every rank's, and replicas (of HSDP) cou
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -20,8 +20,6 @@ from torch.utils.dlpack import from_dlpack
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def is_dtensor(value: Any) -> "TypeGuard[DTensor]":
@@ -58,15 +56,28 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return None if p.grad is None else local(p.grad)
 
 
-def shown_as(p: Tensor, part: Tensor) -> Tensor:
-    """A tensor for this rank's part of `p` as the DTensor, or the plain tensor, that `p` is; in the same memory."""
+def shown_as(p: Tensor, part: Tensor, lead: int = 0) -> Tensor:
+    """A tensor for this rank's part of `p` as the DTensor, or the plain tensor, that `p` is; in the same memory.
+
+    `lead` is the number of dimensions that it has before those of p.
+    """
     if not is_dtensor(p):
         return part
     from torch.distributed.tensor import DTensor
 
     # copy.deepcopy fails on a DTensor whose local tensor starts in mid-storage; through DLPack it gets its own storage.
     whole = from_dlpack(part)
-    return DTensor.from_local(whole, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+    placements = [shown_as_placement(at, lead) for at in p.placements]
+    shape = torch.Size((*part.shape[:lead], *p.shape))
+    stride = p.stride() if lead == 0 else torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(whole, p.device_mesh, placements, shape=shape, stride=stride)
+
+
+def shown_as_placement(at: "Placement", lead: int) -> "Placement":
+    """The placement of a tensor with `lead` dimensions before those that `at` is of."""
+    from torch.distributed.tensor import Shard
+
+    return Shard(at.dim + lead) if isinstance(at, Shard) else at
 
 
 def check_sharding(params: Sequence[Tensor]) -> None:
@@ -149,42 +160,35 @@ class Sharding:
         then lacks the key, where the same one with another size would be an error that no option gets around."""
         return f"{name}_in_{self.shards}_shards"
 
-    def spread(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
-        """Copies of this rank's tensors as they are kept, by key; `shapes` are those for the largest shard."""
+    def spread(self, own: Tensor, size: int) -> Tensor:
+        """This rank's tensor as it is kept: flat, and padded with zeros to `size` numbers, which makes a copy of it."""
         from torch.distributed.tensor import DTensor
 
-        kept: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            padded = tensor.new_zeros(math.prod(shapes[name]))
-            padded[: tensor.numel()] = tensor.reshape(-1)
-            kept[self.key(name)] = DTensor.from_local(padded, self.mesh, self.placements)
-        return kept
+        flat = own.reshape(-1)
+        if flat.numel() == size and flat.data_ptr() == own.data_ptr():
+            flat = from_dlpack(flat.view(size))
+        else:
+            padded = own.new_zeros(size)
+            padded[: own.numel()] = flat
+            flat = padded
+        return DTensor.from_local(flat, self.mesh, self.placements)
 
-    def opened(self, entry: Mapping[str, Any], shapes: Shapes) -> dict[str, Tensor]:
-        """This rank's tensors out of what is kept, by name, in the same memory and in their own `shapes`."""
-        kept = {name: entry[self.key(name)] for name in shapes if self.key(name) in entry}
-        return {name: local(value)[: math.prod(shapes[name])].view(shapes[name]) for name, value in kept.items()}
-
-    def check_saved(self, where: str, entry: Mapping[str, Any], shapes: Shapes) -> None:
-        """Refuses what `opened` could not open; `shapes` are those for the largest shard.
+    def check_saved(self, what: str, value: Any, size: int) -> None:
+        """Refuses what is no DTensor of this mesh and placement, with `size` numbers.
 
         Raises:
-            ValueError: for tensors that are not DTensors of this mesh, placement and size.
+            ValueError: naming it.
         """
-        for name, shape in shapes.items():
-            value, size = entry.get(self.key(name)), self.shards * math.prod(shape)
-            if value is None:
-                continue
-            if not is_dtensor(value) or value.device_mesh != self.mesh or value.placements != self.placements:
-                raise ValueError(
-                    f"{where}: {self.key(name)} must be a DTensor with placements {self.placements} on the mesh of "
-                    f"the parameters, got {_described(value)} in the saved state"
-                )
-            if value.shape != (size,):
-                raise ValueError(
-                    f"{where}: {self.key(name)} has shape {tuple(value.shape)} in the saved state, this optimizer "
-                    f"expects {(size,)} (set by the preconditioner's options)"
-                )
+        if not is_dtensor(value) or value.device_mesh != self.mesh or value.placements != self.placements:
+            raise ValueError(
+                f"{what} must be a DTensor with placements {self.placements} on the mesh of the parameters, got "
+                f"{_described(value)} in the saved state"
+            )
+        if value.shape != (size,):
+            raise ValueError(
+                f"{what} has shape {tuple(value.shape)} in the saved state, this optimizer expects {(size,)} (set by "
+                "the preconditioner's options)"
+            )
 
 
 def _largest_part(p: Tensor) -> int:
@@ -198,14 +202,18 @@ def _largest_part(p: Tensor) -> int:
     return math.prod(shape)
 
 
-def check_saved_like(what: str, value: Any, p: Tensor) -> None:
-    """Refuses a saved tensor that is not spread over the ranks as its parameter is.
+def check_saved_like(what: str, value: Any, p: Tensor, lead: int = 0) -> None:
+    """Refuses a saved tensor that is not spread over the ranks as its parameter is; `lead` as for `shown_as`.
 
     Raises:
         ValueError: naming what was saved and what is expected.
     """
     if is_dtensor(p) != is_dtensor(value) or (
-        is_dtensor(p) and (value.device_mesh, value.placements) != (p.device_mesh, p.placements)
+        is_dtensor(p)
+        and (
+            value.device_mesh != p.device_mesh
+            or tuple(value.placements) != tuple(shown_as_placement(at, lead) for at in p.placements)
+        )
     ):
         raise ValueError(
             f"{what} is {_described(value)} in the saved state, its parameter is {_described(p)}; "

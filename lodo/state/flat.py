@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lodo.sharding import Sharding, check_sharding, is_dtensor, is_fsdp1, local, local_gradient
+from lodo.parts import Layout
+from lodo.state.sharding import Sharding, check_sharding, is_dtensor, is_fsdp1, local, local_gradient, rank_of_fsdp1
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-Place = tuple[torch.device, Any]
+Mesh = tuple[torch.device, Any]
 """A device, and the ranks that parameters there are sharded over: None for none."""
 
 
@@ -64,6 +65,11 @@ def has_gradients(params: Sequence[Tensor]) -> bool:
     return found
 
 
+def is_sharded(params: Sequence[Tensor]) -> bool:
+    """Whether this rank has only a part of the parameters."""
+    return bool(params) and (Sharding.of(params) is not None or rank_of_fsdp1(params) is not None)
+
+
 def computed_dtype(params: Sequence[Tensor]) -> torch.dtype:
     """The dtype of a group's network: float64 if a parameter is, else float32."""
     return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
@@ -83,7 +89,7 @@ class FlatParameters:
         self.size = sum(tensor.numel() for tensor in tensors)
         self.device = params[0].device
         ranks = is_fsdp1(params[0]) or None if self.sharding is None else self.sharding.ranks
-        self.place: Place = (self.device, ranks)
+        self.mesh: Mesh = (self.device, ranks)
         self.dtype = computed_dtype(params)
         self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
         self.shapes = [tensor.shape for tensor in tensors]
@@ -92,6 +98,11 @@ class FlatParameters:
         self.coarsest = max(
             (torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0
         )  # relative spacing of numbers
+
+    @property
+    def layout(self) -> Layout:
+        """What parts are to know of it."""
+        return Layout(self.shapes, self.dtypes, self.dtype, self.device)
 
     def tensors(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """The parameters, or the parts of them that are on this rank."""

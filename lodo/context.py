@@ -1,0 +1,107 @@
+"""What a step is made with: the numbers of its param group, and those of the parameters that share a history."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lodo.declarations import Options
+from lodo.scalars import Number, is_tensor
+
+
+class Cohort(NamedTuple):
+    """Parameters of a group that have taken the same steps so far, and whose numbers are the same.
+
+    Most groups are one cohort for ever. A parameter that joins late, or that has a gradient at some steps only, leaves
+    it for one of its own: each counts its own steps, as with Adam.
+
+    Attributes:
+        places: of its parameters in the group.
+        active: whether it takes this step.
+        learning: whether the network is learned for it in this step, which implies `active`.
+        steps: taken, this one included.
+        age: of these, the steps since learning began anew (`lodo.LODO.reset`).
+        inner_steps: taken by the inner optimizer of gains, this one included.
+        last_lr: of its last step, as `max_step_norm` left it.
+        lr: of this step, with the correction of the momentum for its start at zero.
+        scheduled_lr: of its last step, as the schedule had it.
+    """
+
+    places: Sequence[int]
+    active: Number
+    learning: Number
+    steps: Number
+    age: Number
+    inner_steps: Number
+    last_lr: Number
+    lr: Number
+    scheduled_lr: Number = 0.0
+
+
+class Context(NamedTuple):
+    """What is known of a step before it is taken.
+
+    Attributes:
+        options: of the param group.
+        lengths: numbers of elements of its parameters.
+        cohorts: of its parameters.
+        active, learning: of the group: whether any cohort takes the step.
+        lr: of this step, as the schedule has it.
+        last_lr: of the last step of the group's network, as `max_step_norm` left it.
+        inner_steps: of the group's network.
+        unit: what gradients, and all that is kept of them, are divided by (see `lodo.parts.second_moment`).
+        idle: whether the gradient of each parameter is zero; None if that of none is.
+        share: how much is left of the last step, between 0 and 1, shape (n,); None if all of it is.
+    """
+
+    options: Options
+    lengths: Sequence[int]
+    cohorts: Sequence[Cohort]
+    active: Number
+    learning: Number
+    lr: Number
+    last_lr: Number
+    inner_steps: Number
+    unit: Number = 1.0
+    idle: Sequence[Number] | None = None
+    share: Tensor | None = None
+
+    def per_parameter(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:
+        """A number of each cohort: itself if there is one, else for each parameter, shape (k,), in `like`'s dtype."""
+        if len(self.cohorts) == 1:
+            return number(self.cohorts[0])
+        found = torch.empty(len(self.lengths), dtype=like.dtype)
+        if any(is_tensor(number(cohort)) for cohort in self.cohorts):
+            found = found.to(like.device)
+        for cohort in self.cohorts:
+            found[list(cohort.places)] = number(cohort)
+        return found.to(like.device)
+
+    def per_element(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:
+        """A number of each cohort: itself if there is one, else for each element, shape (n,), in `like`'s dtype."""
+        found = self.per_parameter(number, like)
+        return found if len(self.cohorts) == 1 else self.spread(found, like)
+
+    def spread(self, numbers: Number | Tensor, like: Tensor) -> Tensor:
+        """(k,) numbers, each repeated for the elements of its parameter: (n,)."""
+        assert isinstance(numbers, Tensor)
+        counts = torch.tensor(self.lengths, device=like.device)
+        return torch.repeat_interleave(numbers.to(like.dtype), counts, output_size=sum(self.lengths))
+
+    def cohort_of(self, place: int) -> Cohort:
+        """That of the parameter at a place."""
+        return next(cohort for cohort in self.cohorts if place in cohort.places)
+
+    @property
+    def steps(self) -> Number:
+        """Those of the cohort that has taken most: what the group counts by where it must count as one."""
+        return oldest([cohort.steps for cohort in self.cohorts])
+
+
+def oldest(steps: Sequence[Number]) -> Number:
+    """The largest count."""
+    if len(steps) == 1:
+        return steps[0]
+    on_device = [count for count in steps if is_tensor(count)]
+    return torch.stack(on_device).max() if on_device else max(count for count in steps if not is_tensor(count))

@@ -1,0 +1,157 @@
+"""How many steps each parameter of a group has taken, and with which learning rates: what makes the cohorts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lodo.context import Cohort, Context, oldest
+from lodo.declarations import Options
+from lodo.scalars import Cell, Column, Number, at_least_one, is_tensor, where
+
+
+class Counts:
+    """The counts of one param group.
+
+    Args:
+        tensors: of the group's state, by the names of the slots.
+        lengths: numbers of elements of the parameters.
+        is_elementwise: whether the network belongs to the parameters. One that does not moves all of them: there a
+            gradient that is missing counts as zero, once the parameter has taken a step.
+        corrects_momentum: whether lr is to correct the momentum for its start at zero.
+
+    Attributes:
+        lr: of the present step, as the schedule has it.
+        partition: the places of the parameters, those of a cohort together.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], lengths: Sequence[int], is_elementwise: bool, corrects_momentum: bool
+    ) -> None:
+        self._lengths, self._is_elementwise, self._corrects_momentum = lengths, is_elementwise, corrects_momentum
+        self.step, self.skipped = Column(tensors["step"]), Column(tensors["skipped_steps"])
+        self.last_lr = Column(tensors["last_lr"].reshape(-1))
+        self.meta_step = Column(tensors["meta_step"].reshape(-1)) if "meta_step" in tensors else None
+        self.scheduled_lr = Column(tensors["scheduled_lr"]) if "scheduled_lr" in tensors else None
+        self.reset_at = Column(tensors["reset_at"]) if "reset_at" in tensors else None
+        self._dtype = self.last_lr.tensor.dtype
+        self.lr = Cell(torch.zeros_like(self.last_lr.tensor[0]))
+        self._started = {place for place, count in enumerate(self.step.tensor.tolist()) if count > 0}
+        self.partition = self._same_numbers()
+        pinned = self.step.tensor.device.type == "cuda"
+        self._mailbox = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=pinned)
+        self._mailbox.copy_(self.skipped.tensor[0])
+        self._skips_before = int(self._mailbox)
+
+    def _same_numbers(self) -> list[tuple[int, ...]]:
+        """The places of the parameters, together where all numbers are the same."""
+        columns = [self.step, self.meta_step, self.last_lr, self.scheduled_lr, self.reset_at]
+        shared = [column.tensor.tolist() for column in columns if column is not None and self._is_own(column)]
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for place, key in enumerate(zip(*shared, strict=True)):
+            found.setdefault(key, []).append(place)
+        return [tuple(places) for places in found.values()]
+
+    def _is_own(self, column: Column) -> bool:
+        """Whether each parameter has a number of its own."""
+        return self._is_elementwise or column not in (self.meta_step, self.last_lr)
+
+    def begin(self, options: Options, active: Number, has_gradient: Sequence[bool]) -> Context:
+        """Counts the step that is to be taken, and tells what is known of it.
+
+        Args:
+            options: of the group.
+            active: whether the step is taken at all.
+            has_gradient: whether each parameter has one.
+        """
+        takes = has_gradient
+        if not self._is_elementwise:
+            takes = [has or place in self._started for place, has in enumerate(has_gradient)]
+        if not all(takes):
+            self._split(takes)
+        self._started.update(place for place, is_taking in enumerate(takes) if is_taking)
+        is_one = len(self.partition) == 1
+        moving = [places for places in self.partition if takes[places[0]]]
+        for places in moving:
+            self.step.add(active, None if is_one else places)
+        learning = active
+        if options["meta_every"] > 1:
+            learning = active & (self._oldest() % options["meta_every"] == 0)
+        if self.meta_step is not None and options["meta_lr"] > 0:
+            for some in moving if self._is_elementwise and not is_one else [None]:
+                self.meta_step.add(learning, some)
+        return self._context(options, active, learning, takes)
+
+    def resting(self, options: Options) -> Context:
+        """What is known between two steps."""
+        return self._context(options, False, False, [False] * len(self._lengths))
+
+    def _context(self, options: Options, active: Number, learning: Number, takes: Sequence[bool]) -> Context:
+        cohorts = [
+            self._cohort(
+                options, places, active if takes[places[0]] else False, learning if takes[places[0]] else False
+            )
+            for places in self.partition
+        ]
+        inner_steps = oldest([cohort.inner_steps for cohort in cohorts])
+        return Context(
+            options, self._lengths, cohorts, active, learning, self.lr.get(), self.last_lr.get(), inner_steps
+        )
+
+    def _cohort(self, options: Options, places: tuple[int, ...], active: Number, learning: Number) -> Cohort:
+        place = places[0]
+        own = place if self._is_elementwise else 0
+        steps = self._count(place)
+        inner_steps = 0 if self.meta_step is None else self._computable(self.meta_step.get(own))
+        lr = self.lr.get()
+        if self._corrects_momentum:
+            lr = lr / (1 - options["beta"] ** at_least_one(steps if self._is_elementwise else self._oldest()))
+        age = inner_steps if self.reset_at is None else steps - self.reset_at.get(place)
+        scheduled_lr = 0.0 if self.scheduled_lr is None else self.scheduled_lr.get(place)
+        return Cohort(places, active, learning, steps, age, inner_steps, self.last_lr.get(own), lr, scheduled_lr)
+
+    def _count(self, place: int) -> Number:
+        """The steps taken, to compute with."""
+        return self._computable(self.step.get(place))
+
+    def _computable(self, count: Number) -> Number:
+        """A tensor is not to be of integers, whose powers would be of float32."""
+        return count.to(self._dtype) if is_tensor(count) else count
+
+    def _oldest(self) -> Number:
+        return oldest([self._count(places[0]) for places in self.partition])
+
+    def _split(self, takes: Sequence[bool]) -> None:
+        """Parts the cohorts of which only some parameters take the next step."""
+        halves = (
+            tuple(place for place in places if takes[place] is own)
+            for places in self.partition
+            for own in (True, False)
+        )
+        self.partition = [some for some in halves if some]
+
+    def keep_lr(self, at: Context, factor: Number) -> None:
+        """Keeps the lr that the step is made with: what shortens it by a factor makes it a step of a smaller one."""
+        is_one = len(at.cohorts) == 1
+        for cohort in at.cohorts:
+            if is_tensor(cohort.active) or cohort.active:
+                places = None if is_one or not self._is_elementwise else cohort.places
+                self.last_lr.set(where(cohort.active, cohort.lr * factor, cohort.last_lr), places)
+                if self.scheduled_lr is not None:
+                    lr = where(cohort.active, at.lr, cohort.scheduled_lr)
+                    self.scheduled_lr.set(lr, None if is_one else cohort.places)
+
+    def reset_(self) -> None:
+        """Counts the steps since learning began anew from here on."""
+        if self.reset_at is not None:
+            self.reset_at.tensor.copy_(self.step.tensor)
+            self.partition = self._same_numbers()
+
+    def new_skips(self) -> int:
+        """How many steps were skipped since this was made.
+
+        On CUDA the count comes in by itself, some steps late: the host reads what has arrived and never waits.
+        """
+        self._mailbox.copy_(self.skipped.tensor[0], non_blocking=True)
+        return int(self._mailbox.numpy()) - self._skips_before
