@@ -35,7 +35,7 @@ def optimizer_of(call: str, params: list[torch.nn.Parameter]) -> Any:
     import lodo
 
     if call.startswith("AutoLODO"):
-        return lodo.AutoLODO(params, **({"base": "adam"} if "adam" in call else {}))
+        return lodo.AutoLODO(params, base="adam" if "adam" in call else "soap")
     lean: dict[str, Any] = {"depth": 4, "expansion": 1, "permutation": "shuffle"} if "lean" in call else {}
     return lodo.LODO(params, lr=1e-3, **lean)
 

@@ -1,6 +1,6 @@
 """The optimizer `lodo.AutoLODO`: other defaults are a subclass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,10 +66,6 @@ class AutoLODO(LODO):
         capturable: bool = False,
         **others: Any,
     ) -> None:
-        refuse_others(
-            type(self).__name__,
-            {name: value for name, value in others.items() if name in INSTEAD or name not in OPTIONS},
-        )
         super().__init__(
             params,
             lr,
@@ -90,5 +86,11 @@ class AutoLODO(LODO):
             max_condition=max_condition,
             maximize=maximize,
             capturable=capturable,
-            **others,
+            **_options_of_parts(type(self).__name__, others),
         )
+
+
+def _options_of_parts(name: str, others: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those that parts have which have been added to `lodo.parts.PARTS`; other arguments are refused."""
+    refuse_others(name, {key: value for key, value in others.items() if key in INSTEAD or key not in OPTIONS})
+    return others

@@ -18,8 +18,8 @@ class Cohort(NamedTuple):
 
     Attributes:
         places: of its parameters in the group.
-        active: whether it takes this step.
-        learning: whether the network is learned for it in this step, which implies `active`.
+        active: whether it takes this step; on an accelerator 0.0 or 1.0.
+        learning: whether the network is learned for it in this step, which implies `active`; the same.
         steps: taken, this one included.
         age: of these, the steps since learning began anew (`lodo.LODO.reset`).
         inner_steps: taken by the inner optimizer of gains, this one included.
@@ -70,12 +70,14 @@ class Context(NamedTuple):
     def per_parameter(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:
         """A number of each cohort: itself if there is one, else for each parameter, shape (k,), in `like`'s dtype."""
         if len(self.cohorts) == 1:
-            return number(self.cohorts[0])
+            only = number(self.cohorts[0])
+            return only.to(like.dtype) if is_tensor(only) else only
         found = torch.empty(len(self.lengths), dtype=like.dtype)
-        if any(is_tensor(number(cohort)) for cohort in self.cohorts):
+        numbers = [number(cohort) for cohort in self.cohorts]
+        if any(map(is_tensor, numbers)):
             found = found.to(like.device)
-        for cohort in self.cohorts:
-            found[list(cohort.places)] = number(cohort)
+        for cohort, own in zip(self.cohorts, numbers, strict=True):
+            found[list(cohort.places)] = own.to(like.dtype) if is_tensor(own) else own
         return found.to(like.device)
 
     def per_element(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:

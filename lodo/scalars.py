@@ -56,35 +56,43 @@ class Cell:
 
 
 class Column:
-    """A tensor of shape (k,), one number for each of the k parameters of a group, read and written as `Number`s."""
+    """A tensor of shape (k,), one number for each of the k parameters of a group, read and written as `Number`s.
+
+    On the host it is NumPy that reads and writes the memory, which must stay where it is: who has a column looks whether
+    it has (`lodo.state.group_state.GroupState.is_bound_to`).
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self._cells = None if is_readable(tensor) else tensor.unbind()
+        self._array = tensor.numpy() if is_readable(tensor) else None
+        self._cells = () if self._array is not None else tensor.unbind()
 
     def get(self, place: int = 0) -> Number:
         """The number of the parameter at a place of the group."""
-        return self.tensor.numpy().item(place) if self._cells is None else self._cells[place]
+        return self._cells[place] if self._array is None else self._array.item(place)
 
     def set(self, value: Number, places: Sequence[int] | None = None) -> None:
         """Writes the numbers at these places, None for all."""
-        if self._cells is None:
-            self.tensor.numpy()[slice(None) if places is None else list(places)] = value
+        if self._array is None:
+            for cell in self._chosen(places):
+                cell.copy_(value) if is_tensor(value) else cell.fill_(value)
         elif places is None:
-            self.tensor.copy_(value) if is_tensor(value) else self.tensor.fill_(value)
+            self._array.fill(value)
         else:
-            for place in places:
-                self._cells[place].copy_(value) if is_tensor(value) else self._cells[place].fill_(value)
+            self._array[list(places)] = value
 
     def add(self, value: Number, places: Sequence[int] | None = None) -> None:
-        """Adds to the numbers at these places, None for all."""
-        if self._cells is None:
-            self.tensor.numpy()[slice(None) if places is None else list(places)] += value
+        """Adds a whole number to those at these places, None for all."""
+        if self._array is None:
+            for cell in self._chosen(places):
+                cell.add_(value)
         elif places is None:
-            self.tensor.add_(value)
+            self._array += int(value)
         else:
-            for place in places:
-                self._cells[place].add_(value)
+            self._array[list(places)] += int(value)
+
+    def _chosen(self, places: Sequence[int] | None) -> Sequence[Tensor]:
+        return [self.tensor] if places is None else [self._cells[place] for place in places]
 
 
 def energy(vector: Tensor) -> Number:
@@ -100,8 +108,13 @@ def norm(vector: Tensor) -> Number:
 def where(condition: Number, yes: Number, no: Number) -> Number:
     """`yes` if the condition holds else `no`, without reading a condition on an accelerator."""
     if is_tensor(condition):
-        return torch.where(condition, cast(Tensor, yes), cast(Tensor, no))
+        return torch.where(condition > 0, cast(Tensor, yes), cast(Tensor, no))
     return yes if condition else no
+
+
+def both(a: Number, b: Number) -> Number:
+    """Whether both conditions hold."""
+    return a & b  # type: ignore[operator]
 
 
 def stacked(numbers: Iterable[Number]) -> Tensor:

@@ -1,4 +1,7 @@
-"""One gradient in a hundred holds a NaN, an infinity or a huge number somewhere; a twin never sees those steps."""
+"""One gradient in a hundred holds a NaN, an infinity or a huge number somewhere; a twin never sees those steps.
+
+Where gradients have a unit of their own (`base`), a huge number is one like any other, and not among them.
+"""
 
 import math
 import random
@@ -13,6 +16,7 @@ SHARE = 0.01
 BAD = (math.nan, math.inf, -math.inf, 1e30, -1e38)
 FLOAT64 = {1e30: 1e200, -1e38: -1e300}  # what is huge there
 CHECK_EVERY = 500
+COUNT = ("skipped_steps",)  # what the twin does not have
 
 
 def cases() -> list[str]:
@@ -42,8 +46,8 @@ def compare(training: Training, twin: Training, chance: random.Random, steps: in
             taken += 1
         if step % CHECK_EVERY == 0 or step == steps - 1:
             unsound += not training.is_finite()
-            unequal += fingerprint(training.state(), ("skipped",)) != fingerprint(twin.state(), ("skipped",))
-    counts = {int(entry["skipped"]) for entry in training.optimizer.state.values() if "skipped" in entry}
+            unequal += fingerprint(training.state(), COUNT) != fingerprint(twin.state(), COUNT)
+    counts = {int(entry["skipped_steps"]) for entry in training.optimizer.state.values()}
     return {
         "steps": steps,
         "bad": bad,
@@ -59,6 +63,7 @@ def spoil(training: Training, chance: random.Random) -> None:
     for _ in range(chance.choice((1, 1, 3))):
         p = chance.choice(training.params)
         assert p.grad is not None
-        value = chance.choice(BAD)
+        has_unit = training.optimizer.param_groups[0]["base"] is not None
+        value = chance.choice(BAD[:3] if has_unit else BAD)
         value = FLOAT64.get(value, value) if p.dtype == torch.float64 else value
         p.grad.view(-1)[chance.randrange(p.numel())] = value

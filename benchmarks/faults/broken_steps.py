@@ -185,5 +185,5 @@ def is_unchanged(found: dict[str, Any], saved: dict[str, Any]) -> bool:
     if fingerprint(found) == fingerprint(saved):
         return True
     entries = found["optimizer"]["state"].values()
-    is_fresh = all(int(entry["steps"]) == 0 for entry in entries if "steps" in entry)
+    is_fresh = all(int(entry["step"]) == 0 for entry in entries)
     return not saved["optimizer"]["state"] and is_fresh and fingerprint(found["model"]) == fingerprint(saved["model"])

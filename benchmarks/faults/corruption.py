@@ -160,10 +160,9 @@ def not_finite(content: dict[str, Any], chance: random.Random) -> None:
 
 
 def impossible_number(content: dict[str, Any], chance: random.Random) -> None:
-    entry = network(content)
-    name, value = chance.choice(
-        [("theta_exp_avg_sq", -1e-20), ("meta_step", -1.0), ("meta_step", 2.5), ("steps", -3), ("skipped", -1)]
-    )
+    entry = chance.choice(list(content["optimizer"]["state"].values()))
+    numbers = [("theta_exp_avg_sq", -1e-20), ("meta_step", -1), ("step", -3), ("skipped_steps", -1)]
+    name, value = chance.choice([(name, value) for name, value in numbers if name in entry])
     entry[name].view(-1)[chance.randrange(entry[name].numel())] = value
 
 
@@ -223,9 +222,9 @@ def wrong_layout(content: dict[str, Any], chance: random.Random) -> None:
     optimizer = content["optimizer"]
     kind = chance.randrange(9)
     if kind < 3:
-        network(content)["format"] = (True, 2.0, "2")[kind]
+        network(content)["shards"] = (True, 1.0, "1")[kind]
     elif kind == 3:
-        network(content)["format"] = torch.tensor([2, 2])
+        network(content)["shards"] = torch.tensor([1, 1])
     elif kind == 4:
         optimizer["state"] = list(optimizer["state"].values())
     elif kind == 5:

@@ -31,7 +31,7 @@ struct Rates {
 };
 
 struct Cohort {
-  double active, steps, lr, last_lr, scheduled_lr;
+  double active, steps, lr, last_lr, peak_lr;
   Rates inner;
   double beta, trace_decay, momentum_bias;
   double square_weight, square_bias, inverse_unit;
@@ -393,7 +393,7 @@ template <typename T> void learn_scales(const Group &group, const Cohort *cohort
   for (int64_t j = 0; j < group.parameters; ++j) {
     const Cohort &by = cohorts[group.cohort[j]];
     descend(group.scale + 3 * j, 1, &h[j], by.scale, group.tiny, group.largest_log_scale);
-    group.scale_peak[j] = std::max(group.scale_peak[j], by.scheduled_lr * std::exp(group.scale[3 * j]));
+    group.scale_peak[j] = std::max(group.scale_peak[j], by.peak_lr * std::exp(group.scale[3 * j]));
   }
 }
 

@@ -19,7 +19,7 @@ class Cohort(ctypes.Structure):
         ("steps", ctypes.c_double),
         ("lr", ctypes.c_double),
         ("last_lr", ctypes.c_double),
-        ("scheduled_lr", ctypes.c_double),
+        ("peak_lr", ctypes.c_double),
         ("inner", Rates),
         ("beta", ctypes.c_double),
         ("trace_decay", ctypes.c_double),

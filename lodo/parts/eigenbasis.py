@@ -330,6 +330,8 @@ def _eigenbasis(average: Tensor, fallback: Tensor) -> Tensor:
     for shift in (0.0, 1e-12, 1e-6):
         try:
             found = torch.linalg.eigh(scaled + shift * torch.eye(len(scaled), dtype=float64, device=scaled.device))[1]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
         if _is_orthogonal(found):

@@ -123,7 +123,6 @@ class Mixture(Momentum):
     def average_(self, g: Tensor, at: Context) -> None:
         """Takes the gradient into the momenta, and mixes them."""
         active = at.per_element(lambda cohort: cohort.active, g)
-        active = active.to(g.dtype) if is_tensor(active) else active
         for momentum, beta in zip(self.momenta, self.decays, strict=True):
             momentum.lerp_(g, active * (1 - beta))
             if at.idle is not None and beta > COAST:
@@ -135,7 +134,7 @@ class Mixture(Momentum):
                     torch._foreach_mul_(parts, [factor if is_idle else 1.0 for is_idle in at.idle])
         w = self._weights() / self._corrections(at, lambda cohort: at_least_one(cohort.steps))
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(g.dtype).unbind(1), strict=True)
-        mixed = self.m if not is_tensor(active) or active.dim() == 0 else torch.empty_like(self.m)
+        mixed = torch.empty_like(self.m) if is_tensor(active) else self.m
         for part, (momenta, weights) in zip(mixed.split(self._lengths), shares, strict=True):
             torch.mv(momenta.T, weights, out=part)
         if mixed is not self.m:

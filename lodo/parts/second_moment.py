@@ -90,7 +90,6 @@ class SecondMoment(Part):
     def update_(self, rotated: Tensor, at: Context) -> None:
         """v <- v + weight * (g^2 - v)."""
         weight = at.per_element(lambda cohort: cohort.active * forget_rate(cohort), rotated)
-        weight = weight.to(rotated.dtype) if is_tensor(weight) else weight
         self.exp_avg_sq.lerp_(rotated * rotated, weight)
 
     def follow_(self, m: Tensor, bias: Number | Tensor, at: Context) -> None:

@@ -97,7 +97,7 @@ class TensorScale(Part):
         pairs = zip(g.split(self._lengths), self.trace.split(self._lengths), strict=True)
         h = torch.stack([torch.dot(part, trace) for part, trace in pairs]).neg_()
         descend_(self.table, h, descent, LARGEST_LOG)
-        lr = at.per_parameter(lambda cohort: where(cohort.active, at.lr, cohort.scheduled_lr), self.table)
+        lr = at.per_parameter(lambda cohort: where(cohort.active, at.lr, 0.0), self.table)
         torch.maximum(self.peak, self.table[0].exp().mul_(lr), out=self.peak)
 
     @staticmethod
@@ -144,4 +144,4 @@ class TensorScale(Part):
 
     def set_kernel(self, numbers: Any, cohort: Cohort, at: Context) -> None:
         numbers.scale = tuple(self._descent(cohort, at))
-        numbers.scheduled_lr = at.lr if cohort.active else cohort.scheduled_lr
+        numbers.peak_lr = at.lr if cohort.active else 0.0

@@ -82,14 +82,12 @@ def prepare_state_dict(
         is_misfit = GroupCheck(where, entries, group, required).run()
         GroupCheck(where, entries, described, required).run()
         has_new |= is_misfit
-        loses = not is_misfit and _has_lost_network(entries, group)
-        has_lost |= loses
+        has_lost |= not is_misfit and _has_lost_network(entries, group)
         for key, entry in zip(keys, entries, strict=True):
             if is_misfit and "momentum" in entry:
                 found[key] = {"momentum": entry["momentum"]}
-            if "momentum" in found.get(key, {}) and (is_misfit or loses) and group["base"] is not None:
-                # In coordinates and units that are lost.
-                found[key] = {**found[key], "momentum": torch.zeros_like(entry["momentum"])}
+                if group["base"] is not None:  # in coordinates and units that are lost
+                    found[key] = {"momentum": torch.zeros_like(entry["momentum"])}
     ids = {key for saved in saved_groups for key in saved["params"]}
     return Prepared(wrap(found, ids), has_new, has_lost)
 
@@ -196,7 +194,7 @@ def _check_fixed(where: str, saved: Mapping[str, Any], group: Mapping[str, Any])
     """Refuses a state of another preconditioner, base or momentum."""
     for name, option in OPTIONS.items():
         # Sizes of a network tell themselves, by its shape.
-        if option.role is Role.FIXED and name not in ("depth", "block_size", "expansion", "permutation"):
+        if option.role is Role.FIXED and name not in ("depth", "block_size", "expansion"):
             kind = saved.get(name, group[name])
             if option.plain(kind) != option.plain(group[name]):
                 raise ValueError(f"{where}: the saved state is of {name} {kind!r}, this optimizer's is {group[name]!r}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lodo.context import Cohort, Context, oldest
 from lodo.declarations import Options
-from lodo.scalars import Cell, Column, Number, at_least_one, is_tensor, where
+from lodo.scalars import Cell, Column, Number, at_least_one, both, is_tensor, where
 
 
 class Counts:
@@ -65,34 +65,48 @@ class Counts:
             active: whether the step is taken at all.
             has_gradient: whether each parameter has one.
         """
-        takes = has_gradient
-        if not self._is_elementwise:
-            takes = [has or place in self._started for place, has in enumerate(has_gradient)]
-        if not all(takes):
-            self._split(takes)
-        self._started.update(place for place, is_taking in enumerate(takes) if is_taking)
+        takes = self._takes(active, has_gradient)
+        self._split(takes)
+        if not is_tensor(active):
+            self._started.update(place for place, is_taking in enumerate(takes) if is_taking is True)
         is_one = len(self.partition) == 1
-        moving = [places for places in self.partition if takes[places[0]]]
-        for places in moving:
-            self.step.add(active, None if is_one else places)
+        actives = [self._active(places[0], active, takes[places[0]]) for places in self.partition]
+        for places, own in zip(self.partition, actives, strict=True):
+            if own is not False:
+                self.step.add(own, None if is_one else places)
         learning = active
         if options["meta_every"] > 1:
-            learning = active & (self._oldest() % options["meta_every"] == 0)
+            learning = both(active, self._oldest() % options["meta_every"] == 0)
         if self.meta_step is not None and options["meta_lr"] > 0:
-            for some in moving if self._is_elementwise and not is_one else [None]:
-                self.meta_step.add(learning, some)
-        return self._context(options, active, learning, takes)
+            for places, own in zip(self.partition, actives, strict=True):
+                if not self._is_elementwise or is_one:
+                    self.meta_step.add(learning)
+                    break
+                if own is not False:
+                    self.meta_step.add(learning, places)
+        return self._context(options, active, learning, actives)
+
+    def _takes(self, active: Number, has_gradient: Sequence[bool]) -> Sequence[bool | None]:
+        """Whether each parameter takes the step; None where only the device knows whether it has taken one before."""
+        if self._is_elementwise:
+            return has_gradient
+        unknown = None if is_tensor(active) else False
+        return [has or (place in self._started) or unknown for place, has in enumerate(has_gradient)]
+
+    def _active(self, place: int, active: Number, takes: bool | None) -> Number:
+        """Whether the cohort of a parameter takes the step."""
+        if takes is None:
+            return both(active, self.step.get(place) > 0)
+        return active if takes else False
 
     def resting(self, options: Options) -> Context:
         """What is known between two steps."""
-        return self._context(options, False, False, [False] * len(self._lengths))
+        return self._context(options, False, False, [False] * len(self.partition))
 
-    def _context(self, options: Options, active: Number, learning: Number, takes: Sequence[bool]) -> Context:
+    def _context(self, options: Options, active: Number, learning: Number, actives: Sequence[Number]) -> Context:
         cohorts = [
-            self._cohort(
-                options, places, active if takes[places[0]] else False, learning if takes[places[0]] else False
-            )
-            for places in self.partition
+            self._cohort(options, places, self._computable(own), False if own is False else self._computable(learning))
+            for places, own in zip(self.partition, actives, strict=True)
         ]
         inner_steps = oldest([cohort.inner_steps for cohort in cohorts])
         return Context(
@@ -122,14 +136,15 @@ class Counts:
     def _oldest(self) -> Number:
         return oldest([self._count(places[0]) for places in self.partition])
 
-    def _split(self, takes: Sequence[bool]) -> None:
+    def _split(self, takes: Sequence[bool | None]) -> None:
         """Parts the cohorts of which only some parameters take the next step."""
-        halves = (
-            tuple(place for place in places if takes[place] is own)
-            for places in self.partition
-            for own in (True, False)
-        )
-        self.partition = [some for some in halves if some]
+        if all(takes):
+            return
+        found: list[tuple[int, ...]] = []
+        for places in self.partition:
+            kinds = (True, None, False)
+            found.extend(tuple(place for place in places if takes[place] is kind) for kind in kinds)
+        self.partition = [places for places in found if places]
 
     def keep_lr(self, at: Context, factor: Number) -> None:
         """Keeps the lr that the step is made with: what shortens it by a factor makes it a step of a smaller one."""

@@ -85,7 +85,7 @@ def assert_same_end(found_model, found_optimizer, model, optimizer):
 
 
 def steps_taken(optimizer):
-    return int(optimizer.state[optimizer.param_groups[0]["params"][0]]["steps"])
+    return int(optimizer.state[optimizer.param_groups[0]["params"][0]]["step"])
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=WARNS.get(name, ())) for name in NEEDS])
@@ -113,7 +113,7 @@ def test_trainer_resumes_bit_for_bit_in_mid_epoch(tmp_path):
 
     checkpoint = tmp_path / f"checkpoint-{hf_trainer.SAVED_AT}"
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    assert int(saved["state"][0]["steps"]) == hf_trainer.SAVED_AT
+    assert int(saved["state"][0]["step"]) == hf_trainer.SAVED_AT
     assert saved["param_groups"][0]["param_names"][0] == "transformer.wte.weight"
     resumed = hf_trainer.trainer(hf_trainer.gpt2(seed=1), tmp_path)
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -187,7 +187,7 @@ def test_lightning_resumes_bit_for_bit(tmp_path):
 
     checkpoint = tmp_path / f"epoch={lightning_module.SAVED_AFTER - 1}.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]
-    assert int(saved["state"][0]["steps"]) == len(whole.losses) // 2
+    assert int(saved["state"][0]["step"]) == len(whole.losses) // 2
     resumed = lightning_module.Classifier(seed=1)
     other = lightning_module.fit(resumed, tmp_path, resume_from=checkpoint)
     assert_same_end(resumed, other.optimizers[0], whole, trainer.optimizers[0])

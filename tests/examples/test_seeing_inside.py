@@ -94,6 +94,6 @@ def test_what_each_part_costs_is_told_in_state_and_time(tmp_path):
     assert rows.keys() >= part_costs.WAYS.keys()
     size = {name: float(rows[name][-1]) for name in part_costs.WAYS}
     assert size["AdamW, fused"] < 9 < size['no eigenbases: `base="adam"`'] < size["all parts"]
-    assert size["all parts"] - size["one momentum: `decays=None`"] == pytest.approx(16, abs=3)
-    assert size["all parts"] - size["no trace: `trace=0.0`"] == pytest.approx(4, abs=0.2)
+    assert size["all parts"] - size["one momentum: `momentum_decays=None`"] == pytest.approx(16, abs=3)
+    assert size["all parts"] - size["no trace: `trace_decay=0.0`"] == pytest.approx(4, abs=0.2)
     assert float(rows["all parts"][1]) == 1

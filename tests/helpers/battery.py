@@ -35,10 +35,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_step_norm": 0.1,
         "max_condition": 9.0,
     },
+    "recommended, with Adam's base": {**RECOMMENDED, "base": "adam"},
+    "identity": {"preconditioner": "identity", "base": "adam", "trace_decay": 0.5, "lr": 0.01},
     "adam and blocks": {
         "base": "adam",
         "scale_lr": 0.03,
-        "decays": (0.0, 0.9),
+        "momentum_decays": (0.0, 0.9),
         "lr": 0.01,
         "depth": 2,
         "maximize": True,

@@ -17,7 +17,13 @@ from torch.utils import _pytree as pytree
 import lodo
 
 LEAN = {"depth": 4, "expansion": 1}
-PARTS = {"preconditioner": "log_diagonal", "base": "adam", "scale_lr": 0.05, "trace": 0.9, "decays": (0.0, 0.9, 0.99)}
+PARTS = {
+    "preconditioner": "log_diagonal",
+    "base": "adam",
+    "scale_lr": 0.05,
+    "trace_decay": 0.9,
+    "momentum_decays": (0.0, 0.9, 0.99),
+}
 OPTIONS = {"lr": 0.1, "meta_lr": 1e-2, "weight_decay": 0.01}
 
 

@@ -21,11 +21,6 @@ def assert_finite(optimizer):
     assert all(bool(tensor.isfinite().all()) for tensor in floating([params, optimizer.state_dict()["state"]]))
 
 
-def entry_of(optimizer, group=0):
-    """What is kept for a whole group."""
-    return optimizer.state[optimizer.param_groups[group]["params"][0]]
-
-
 def noisy(shape, step, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
 

@@ -2,15 +2,15 @@
 
 import torch
 
-from lodo import meta
+from lodo import inner_optimizer
 from tests.helpers.oracle import in_paper_layout, learned, matvec
 
 # Rates with which the inner Adam's M becomes h itself and theta stays.
-READ_OUT = meta.Rates(step_size=0.0, forget1=1.0, keep2=0.0, forget2=1.0, count=1)
+READ_OUT = inner_optimizer.Rates(step_size=0.0, forget1=1.0, keep2=0.0, forget2=1.0, count=1)
 
 
 def hypergradient(g, gradient, momentum, lr):
-    moments = meta.start_moments(g.theta)
+    moments = inner_optimizer.start_moments(g.theta)
     before = g.theta.clone()
     g.learn_(gradient, momentum, lr, moments, READ_OUT)
     assert torch.equal(g.theta, before)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import lodo
-from lodo import meta
+from lodo import inner_optimizer
 from lodo.kernels import native
 
-RATES = meta.Rates(step_size=0.01, forget1=0.1, keep2=0.9, forget2=0.1, count=3)
+RATES = inner_optimizer.Rates(step_size=0.01, forget1=0.1, keep2=0.9, forget2=0.1, count=3)
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
 
 

@@ -39,15 +39,22 @@ def matvec(g: Preconditioner, theta: Tensor, v: Tensor) -> Tensor:
     is_block = isinstance(g, lodo.BlockPermutation)
     indices = g.permutations
     u = torch.cat([v, v.new_zeros((theta.shape[1] * theta.shape[2] if is_block else theta.shape[1]) - len(v))])
-    matrices = [torch.block_diag(*blocks.transpose(1, 2)) for blocks in theta] if is_block else []
+    matrices = theta.transpose(2, 3) if is_block else []
     for layer, index in enumerate(indices):
-        u = matrices[layer] @ u[index] if is_block else u + theta[layer] * u[index]
+        u = block_diagonal(matrices[layer], u[index]) if is_block else u + theta[layer] * u[index]
     if not is_block:
         u = theta[-1] * u
     for layer, index in reversed(list(enumerate(indices))):
         back = index.argsort()
-        u = (matrices[layer].T @ u)[back] if is_block else u + (theta[layer] * u)[back]
+        u = block_diagonal(matrices[layer].mT, u)[back] if is_block else u + (theta[layer] * u)[back]
     return u[: len(v)]
+
+
+def block_diagonal(blocks: Tensor, v: Tensor) -> Tensor:
+    """The matrix with these blocks on its diagonal times v. It is made as long as it is small."""
+    if len(v) <= 200:
+        return torch.block_diag(*blocks) @ v
+    return (blocks @ v.view(len(blocks), -1, 1)).flatten()
 
 
 def fresh(kind: str, size: int, *, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> Preconditioner:

@@ -52,8 +52,31 @@ def trained(kind="identity", shapes=SHAPES, steps=12, **options):
     return params, optimizer
 
 
-def entry_of(optimizer):
-    return optimizer.state[optimizer.param_groups[0]["params"][0]]
+ELEMENTS = ("momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written")
+TABLES = ("step", "skipped_steps", "unit", "scale", "scale_peak", "mixture", "scheduled_lr", "reset_at")
+PACKED = ("factors", "eigenbasis")
+OF_NETWORKS = ("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations", "meta_step", "last_lr")
+
+
+def state_of(optimizer, group=0):
+    """Copies of what `optimizer.state` has for a group, by name: for all of its parameters together, of shape (*, n),
+    of tables with a column for each parameter; of a network that acts on the whole group, itself."""
+    params, found = optimizer.param_groups[group]["params"], {}
+    entries = [optimizer.state[p] for p in params]
+    is_elementwise = optimizer.param_groups[group]["preconditioner"] in ("log_diagonal", "identity")
+    for name in dict.fromkeys(name for entry in entries for name in entry):
+        if name == "shards" or (name in OF_NETWORKS and not is_elementwise):
+            (found[name],) = (entry[name].clone() for entry in entries if name in entry)
+        elif name in PACKED:
+            found[name] = torch.cat([entry[name] for entry in entries])
+        elif name in TABLES or name in ("meta_step", "last_lr"):
+            found[name] = torch.stack([entry[name] for entry in entries], -1)
+        else:
+            assert name in ELEMENTS or name in OF_NETWORKS, name
+            own = [(entry[name], p) for entry, p in zip(entries, params, strict=True)]
+            assert all(value.shape[value.dim() - p.dim() :] == p.shape for value, p in own), name
+            found[name] = torch.cat([value.reshape(*value.shape[: value.dim() - p.dim()], -1) for value, p in own], -1)
+    return found
 
 
 def rotated_back(optimizer, v):
@@ -65,5 +88,5 @@ def rotated_back(optimizer, v):
 def scales(params, optimizer):
     """S, one number for each element; ones if there are no scales."""
     lengths = torch.tensor([p.numel() for p in params])
-    logs = entry_of(optimizer).get("scale", torch.zeros(1, len(params), dtype=torch.float64))[0]
+    logs = state_of(optimizer).get("scale", torch.zeros(1, len(params), dtype=torch.float64))[0]
     return logs.exp().repeat_interleave(lengths)

@@ -1,7 +1,8 @@
 """LODO's bookkeeping again, for one param group, on plain tensors: what the property tests compare an optimizer with.
 
-Only the mathematics is the library's (`lodo_step`, `start` of a preconditioner); nothing here knows `optimizer.state`,
-checkpoints, views or what is kept between steps.
+Only the mathematics is the library's (parts, networks, `lodo.update`, `shorten_`); nothing here knows
+`optimizer.state`, checkpoints, views or what is kept between steps. What belongs to a parameter is held for each by
+itself, put together for a step and cut again.
 """
 
 import copy
@@ -11,19 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lodo import meta
-from lodo.bases import BASES, next_unit
-from lodo.composite import Composite
-from lodo.fused import put_together
-from lodo.mixture import Mixture
-from lodo.preconditioners import BY_NAME, Operator, Preconditioner
+from lodo.context import Cohort, Context
+from lodo.parts import Layout, Momentum, Part, Record, Undone
+from lodo.parts.eigenbasis import Eigenbasis
+from lodo.parts.mixture import Mixture
+from lodo.parts.record import kept_share
+from lodo.parts.second_moment import SecondMoment
+from lodo.parts.tensor_scale import TensorScale
+from lodo.preconditioners import BY_NAME, Composite, Operator, Preconditioner
 from lodo.rounding import random_words, to_bfloat16
-from lodo.scale import Scale, kept_share, taken_back
-from lodo.step import lodo_step, shorten_
+from lodo.step import shorten_
+from lodo.update import update_for
 
 Gradients = Sequence[Tensor | None]
-WIDE = {"scale", "scale_levels", "mixture", "unit", "reset_at"}  # of float64 whatever the parameters are
-FLAGS = {"base_seen"}
+Number = Callable[[Any], Any]
+
+MOMENTS = ("theta_exp_avg", "theta_exp_avg_sq")
+SHAPED = {"momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written", "theta", *MOMENTS}
+INTEGERS = {"step", "skipped_steps", "meta_step", "reset_at"}
+PACKED = {"factors", "eigenbasis"}
+NUMBERS = {*INTEGERS, "last_lr", "scheduled_lr"}  # what no part computes with
+WIDE = {"scale", "scale_peak", "mixture", "unit", "scheduled_lr", "last_lr"}  # of float64 whatever the parameters are
+# The powers of gradients that there are of, and those of the rows of tables.
+POWERS = {"momentum": 1, "momentum_trace": 1, "momenta": 1, "exp_avg_sq": 2, "factors": 2}
+POWERS |= {"theta_exp_avg": 1, "theta_exp_avg_sq": 2}
+ROWS = {"scale": (0, 1, 2), "mixture": (0, 2, 4)}
 
 
 class Replay:
@@ -32,8 +45,9 @@ class Replay:
     Attributes:
         values: what the parameters must be.
         options: of the group, complete, lr a plain float.
-        network, momentum, moments: None before the first call with a gradient.
-        extras: what trace, base, scale and mixture keep, by the names it has in the optimizer's state.
+        own: what must be kept for each parameter, by the names it has in the optimizer's state; nothing before there is
+            any.
+        shared: what must be kept of a network that acts on the whole group.
     """
 
     def __init__(
@@ -41,226 +55,399 @@ class Replay:
     ) -> None:
         self.values = [value.detach().clone(memory_format=torch.contiguous_format) for value in values]
         self.options = dict(options)
-        self.network: Preconditioner | None = None
-        self.momentum: Tensor | None = None
-        self.moments: meta.Moments | None = None
-        self.extras: dict[str, Tensor] = {}
-        self.steps = self.meta_step = self.skipped = 0
-        self.last_lr = 0.0
+        self.own: list[dict[str, Tensor]] = [{} for _ in values]
+        self.shared: dict[str, Tensor] = {}
         if learned is not None:
-            self.network = learned.to(self.dtype, torch.device("cpu"))
-            self.prepare()
+            self.prepare(learned)
+
+    @property
+    def kind(self) -> type[Preconditioner]:
+        return BY_NAME[self.options["preconditioner"]]
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if any(value.dtype == torch.float64 for value in self.values) else torch.float32
 
     @property
-    def size(self) -> int:
-        return sum(value.numel() for value in self.values)
+    def lengths(self) -> list[int]:
+        return [value.numel() for value in self.values]
 
-    def kept(self, option: str) -> torch.dtype:
-        return torch.bfloat16 if self.options[option] == "bfloat16" else self.dtype
+    @property
+    def layout(self) -> Layout:
+        shapes, dtypes = [value.shape for value in self.values], [value.dtype for value in self.values]
+        return Layout(shapes, dtypes, self.dtype, torch.device("cpu"))
+
+    @property
+    def has_state(self) -> bool:
+        return any(self.own)
 
     @property
     def uses_moments(self) -> bool:
-        return self.options["meta_lr"] > 0 and self.options["meta_optimizer"] == "adam"
+        return self.kind.learns and self.options["meta_lr"] > 0 and self.options["meta_optimizer"] == "adam"
 
-    def prepare(self) -> None:
+    @property
+    def skipped(self) -> int:
+        return max((int(own["skipped_steps"]) for own in self.own if own), default=0)
+
+    def copy(self) -> "Replay":
+        return copy.deepcopy(self)
+
+    # ---- what is kept ------------------------------------------------------------------------------------------------
+
+    def parts(self) -> list[type[Part]]:
+        options, found = self.options, {name for own in self.own for name in own}
+        base: list[type[Part]] = {None: [], "adam": [SecondMoment], "soap": [Eigenbasis]}[options["base"]]
+        scale: list[type[Part]] = [TensorScale] if options["scale_lr"] > 0 or "scale" in found else []
+        momentum: type[Part] = Momentum if options["momentum_decays"] is None else Mixture
+        record: list[type[Part]] = [Record] if base or scale or momentum is Mixture else []
+        return [*base, *scale, momentum, *record]
+
+    def names(self) -> list[str]:
+        """Of what there is for each parameter."""
+        found, parts = {name for own in self.own for name in own}, self.parts()
+        names = ["step", "skipped_steps", "momentum"]
+        if self.options["trace_decay"] > 0 or "momentum_trace" in found:
+            names.append("momentum_trace")
+        names += ["exp_avg_sq", "unit"] if self.options["base"] is not None else []
+        names += ["factors", "eigenbasis", "seen"] if Eigenbasis in parts else []
+        names += ["scale", "scale_peak", "step_trace"] if TensorScale in parts else []
+        names += ["momenta", "mixture"] if Mixture in parts else []
+        names += ["written", "scheduled_lr", "reset_at"] if Record in parts else []
+        return names + (self.names_of_network() if self.kind.is_elementwise else [])
+
+    def names_of_network(self) -> list[str]:
+        """Of what it keeps, but for its indices."""
+        found = {name for kept in (self.shared, *self.own) for name in kept}
+        moments = MOMENTS if self.uses_moments or "theta_exp_avg" in found else ()
+        return ["theta", *moments, "meta_step", "last_lr"] if self.kind.learns else ["last_lr"]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        if name in ("momentum", *MOMENTS):
+            option = "momentum_dtype" if name == "momentum" else "meta_state_dtype"
+            return torch.bfloat16 if self.options[option] == "bfloat16" else self.dtype
+        kinds = {"seen": torch.uint8, **dict.fromkeys(WIDE, torch.float64), **dict.fromkeys(INTEGERS, torch.int64)}
+        return kinds.get(name, self.dtype)
+
+    def shape_of(self, name: str, place: int) -> tuple[int, ...]:
+        decays = self.options["momentum_decays"] or ()
+        if name in SHAPED:
+            return (*((len(decays),) if name == "momenta" else ()), *self.values[place].shape)
+        if name in PACKED:
+            (slot,) = (slot for slot in Eigenbasis.slots(self.options) if slot.name == name)
+            assert slot.sizes is not None
+            return (slot.sizes(self.layout.shapes)[place],)
+        tables: dict[str, tuple[int, ...]] = {"scale": (3,), "mixture": (3, len(decays))}
+        return tables.get(name, ())
+
+    def prepare(self, learned: Preconditioner | None = None) -> None:
         """Brings what is kept into the dtypes that parameters and options ask for; starts what is not there."""
-        if self.network is None:
-            kind = BY_NAME[self.options["preconditioner"]]
-            self.network = kind.start(self.size, self.options, self.dtype, torch.device("cpu"))
-        if self.network.theta.dtype != self.dtype:
-            self.network = self.network.to(self.dtype, torch.device("cpu"))
-        momentum = torch.zeros(self.size) if self.momentum is None else self.momentum
-        self.momentum = momentum.to(self.kept("momentum_dtype"))
-        if self.uses_moments:
-            moments = meta.start_moments(self.network.theta) if self.moments is None else self.moments
-            self.moments = (moments[0].to(self.kept("meta_state_dtype")), moments[1].to(self.kept("meta_state_dtype")))
+        missing: dict[str, list[int]] = {name: [] for name in self.names()}
+        for place, own in enumerate(self.own):
+            for name, places in missing.items():
+                if name in own:
+                    own[name] = own[name].to(self.dtype_of(name))
+                else:
+                    own[name] = torch.zeros(self.shape_of(name, place), dtype=self.dtype_of(name))
+                    places.append(place)
+        unit = max(float(own.get("unit", 0.0)) for own in self.own)
+        for own in self.own:
+            own.get("unit", torch.zeros(())).fill_(unit)
+        tensors = self.together()
+        for part in self.parts():
+            part(self.layout, tensors, self.options).start_(missing, self.values)
+        self.cut(tensors)
+        if not self.kind.is_elementwise:
+            self.prepare_network(learned)
+        elif learned is not None and self.kind.learns:
+            self.cut({"theta": learned.theta.to(self.dtype)})
 
-        for name in self.extras.keys() - WIDE - FLAGS:
-            self.extras[name] = self.extras[name].to(self.dtype)
-        missing = self.missing()
-        for name in missing:
-            dtype = torch.uint8 if name in FLAGS else torch.float64 if name in WIDE else self.dtype
-            self.extras[name] = torch.zeros(self.shapes()[name], dtype=dtype)
-        if "trace" in missing:
-            self.extras["trace"].copy_(self.momentum)
-        if "base_exp_avg_sq" in missing:
-            self.base().start_()
-        if "written" in missing:
-            self.extras["written"].copy_(self.flat(self.values))
-        if "mixture" in missing:
-            self.mixture().start_(self.options["beta"])
+    def prepare_network(self, learned: Preconditioner | None) -> None:
+        if not self.shared:
+            place = (self.dtype, torch.device("cpu"))
+            size = sum(self.lengths)
+            network = self.kind.start(size, self.options, *place) if learned is None else learned.to(*place)
+            self.shared["theta"] = network.theta
+            if network.permutations_stored is not None:
+                self.shared["permutations"] = network.permutations_stored
+        for name in self.names_of_network():
+            shape = self.shared["theta"].shape if name in MOMENTS else ()
+            self.shared[name] = self.shared.get(name, torch.zeros(shape)).to(self.dtype_of(name))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the extras that the options ask for."""
-        options, n = self.options, self.size
-        found: dict[str, tuple[int, ...]] = {"trace": (n,)} if options["trace"] > 0 else {}
-        if options["base"] is not None:
-            found |= BASES[options["base"]].tensor_shapes(n, [value.shape for value in self.values])
-        if options["decays"] is not None:
-            count = len(options["decays"])
-            found |= {"momenta": (count, n), "mixture": (3, count, len(self.values))}
-        if options["scale_lr"] > 0:
-            count = len(self.values)
-            found |= {"scale": (3, count), "moves": (n,), "scale_levels": (1 + count,)}
-        return {**found, "written": (n,), "unit": (), "reset_at": ()} if found.keys() - {"trace"} else found
+    def forget(self, place: int) -> None:
+        """As if the parameter there were new. The first one has what there is for the whole group."""
+        self.own[place] = {}
+        if place == 0:
+            self.shared = {}
 
-    def base(self) -> Any:
-        dtypes = [value.dtype for value in self.values]
-        return BASES[self.options["base"]]([value.shape for value in self.values], self.extras, dtypes)
+    def reset(self) -> None:
+        """Lets begin anew what learns ever more slowly."""
+        if Record not in self.parts():
+            return
+        for own in self.own:
+            own["reset_at"].copy_(own["step"])
+        capped = ("theta", *MOMENTS, "meta_step") if self.kind.rate_cap is not None else ()
+        for own in self.own:
+            for name in own.keys() & {"scale", "scale_peak", "step_trace", "mixture", *capped}:
+                own[name].zero_()
+        tensors = self.together()
+        for part in self.parts():
+            if part is Mixture:
+                missing = {"mixture": range(len(self.own)), "momentum_trace": []}
+                part(self.layout, tensors, self.options).start_(missing, self.values)
+        self.cut(tensors)
 
-    def missing(self) -> list[str]:
-        return [name for name in self.shapes() if name not in self.extras]
+    # ---- together and apart ------------------------------------------------------------------------------------------
 
-    def mixture(self) -> Mixture | None:
-        """Of momenta, if the options ask for one."""
-        decays, lengths = self.options["decays"], [value.numel() for value in self.values]
-        return None if decays is None else Mixture(self.extras["momenta"], self.extras["mixture"], decays, lengths)
+    def together(self) -> dict[str, Tensor]:
+        """What parts and networks compute with, each for all parameters."""
+        found = {}
+        for name in (name for name in self.names() if name not in NUMBERS):
+            each = [own[name] for own in self.own]
+            if name in SHAPED:
+                lead = each[0].shape[: each[0].dim() - self.values[0].dim()]
+                each = [tensor.reshape(*lead, length) for tensor, length in zip(each, self.lengths, strict=True)]
+                found[name] = torch.cat(each, -1)
+            else:
+                found[name] = torch.cat(each) if name in PACKED else torch.stack(each)
+        return found
 
-    def operator(self, steps: Any) -> Operator:
-        """G / lr of the last step."""
-        assert self.network is not None
-        lengths, kept = [value.numel() for value in self.values], self.extras
-        base = None if self.options["base"] is None else self.base()
-        scale = Scale(kept["scale"], kept["moves"], lengths, kept["scale_levels"]) if "scale" in kept else None
-        return (
-            self.network if base is None and scale is None else put_together(self.network, base, scale, steps, lengths)
-        )
+    def cut(self, tensors: dict[str, Tensor]) -> None:
+        """Takes them apart again."""
+        for name, tensor in tensors.items():
+            if name in SHAPED:
+                each = list(tensor.split(self.lengths, -1))
+            elif name in PACKED:
+                each = list(tensor.split([own[name].numel() for own in self.own]))
+            else:
+                each = list(tensor)
+            for place, (own, part) in enumerate(zip(self.own, each, strict=True)):
+                own[name] = part.reshape(self.shape_of(name, place)).clone()
 
     def flat(self, tensors: Gradients) -> Tensor:
         parts = zip(tensors, self.values, strict=True)
         return torch.cat([(torch.zeros_like(v) if t is None else t).reshape(-1).to(self.dtype) for t, v in parts])
 
-    def step(self, gradients: Gradients, number: Callable[[Any], Any]) -> None:
-        """A step on sound gradients; `number` makes the scalars what the optimizer has them as."""
-        options, lr = self.options, self.options["lr"]
+    def pieces(self, vector: Tensor) -> list[Tensor]:
+        return [part.view(v.shape) for part, v in zip(vector.split(self.lengths), self.values, strict=True)]
+
+    def operators(self, tensors: dict[str, Tensor], parts: Sequence[Part]) -> tuple[Preconditioner, Operator]:
+        """The network, and G / lr."""
+        theta = (tensors if self.kind.is_elementwise else self.shared).get("theta", torch.empty(0, dtype=self.dtype))
+        network = self.kind.wrap(theta, self.shared.get("permutations"), sum(self.lengths))
+        factors = [part for part in parts if part.is_factor]
+        return network, Composite(network, factors) if factors else network
+
+    def described(self) -> str:
+        """What G / lr shows itself as."""
+        tensors = self.together()
+        return repr(self.operators(tensors, [part(self.layout, tensors, self.options) for part in self.parts()])[1])
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def counted(self, name: str) -> list[Any]:
+        """A count of each parameter, or that of the network that all share."""
+        return [(self.shared if name in self.shared else own)[name].item() for own in self.own]
+
+    def context(self, takes: Sequence[bool], number: Number) -> Context:
+        """What is known of a step that these parameters take; `number` makes scalars what the optimizer has them as."""
+        options, has_record = self.options, "reset_at" in self.own[0]
+        steps, last_lrs = self.counted("step"), self.counted("last_lr")
+        inner_steps = self.counted("meta_step") if self.kind.learns else [0] * len(steps)
+        scheduled = self.counted("scheduled_lr") if has_record else [0.0] * len(steps)
+        ages = [a - b for a, b in zip(steps, self.counted("reset_at"), strict=True)] if has_record else inner_steps
+        is_learning = any(takes) and max(steps) % options["meta_every"] == 0
+        lr = number(float(options["lr"]))
+        alike: dict[Any, list[int]] = {}
+        for place, key in enumerate(zip(takes, steps, inner_steps, last_lrs, scheduled, ages, strict=True)):
+            alike.setdefault(key, []).append(place)
+        cohorts = []
+        for (takes_it, t, inner_t, last_lr, former_lr, age), places in alike.items():
+            if options["base"] is None or options["momentum_decays"] is not None:  # a mixture corrects each momentum
+                own_lr = lr
+            else:
+                count = t if self.kind.is_elementwise else max(steps)
+                own_lr = lr / (1 - options["beta"] ** number(float(max(count, 1))))
+            cohorts.append(
+                Cohort(
+                    tuple(places),
+                    computable(True, number) if takes_it else False,
+                    computable(is_learning, number) if takes_it else False,
+                    number(float(t)),
+                    number(float(age)),
+                    number(float(inner_t)),
+                    number(last_lr),
+                    own_lr,
+                    number(former_lr),
+                )
+            )
+        active, learning = (number(True), number(is_learning)) if any(takes) else (False, False)
+        inner_step, last_lr = number(float(max(inner_steps))), number(last_lrs[0])
+        return Context(options, self.lengths, cohorts, active, learning, lr, last_lr, inner_step)
+
+    def step(self, gradients: Gradients, number: Number) -> None:
+        """A step on sound gradients."""
+        options, lr = self.options, float(self.options["lr"])
         gradient = -self.flat(gradients) if options["maximize"] else self.flat(gradients)
         if float(gradient.dot(gradient)) + lr == 0:
             return  # idle
-        assert self.network is not None
-        assert self.momentum is not None
-        operator = self.operator(number(float(self.steps)))
-        self.steps += 1
-        steps = number(float(self.steps))
-        learning = self.steps % options["meta_every"] == 0
-        self.meta_step += learning and options["meta_lr"] > 0
-        moments = self.moments if self.uses_moments else None
-        if options["base"] is not None and options["decays"] is None:  # a mixture corrects each of its momenta
-            lr = number(lr) / (1 - options["beta"] ** steps)
-        scale = operator.scale if isinstance(operator, Composite) else None
-        share = self.look_back(operator, gradient, number) if "written" in self.extras else None
-        unit = self.change_unit(gradient, number)
-        momentum = self.momentum.to(self.dtype, copy=True)
-        if scale is not None:
-            scale.follow_(number(float(options["lr"])), number(True))
+        tensors = self.together()
+        parts = [part(self.layout, tensors, options) for part in self.parts()]
+        (momentum,) = (part for part in parts if isinstance(part, Momentum))
+        network, operator = self.operators(tensors, parts)
+        kept = tensors if self.kind.is_elementwise else self.shared
+        moments = (kept[MOMENTS[0]], kept[MOMENTS[1]]) if self.uses_moments else None
+        update = update_for(operator, network, moments, momentum, parts, self.lengths)
+        unit = float(tensors["unit"][0]) or 1.0 if "unit" in tensors else 1.0
+        update.refresh_(self.context([False] * len(self.own), number)._replace(unit=number(unit)))
+        if "written" in tensors:
+            sizes = update.energies(gradient)
+            energy = torch.stack(list(sizes)).sum() if isinstance(number(0.0), Tensor) else sum(sizes)
+            for part in parts:
+                energy = part.normalize(energy)
+
+        given = [g is not None for g in gradients]
+        takes = given
+        if not self.kind.is_elementwise:  # a gradient that is missing counts as zero, once there has been one
+            takes = [has or t > 0 for has, t in zip(given, self.counted("step"), strict=True)]
+        for own, takes_it in zip(self.own, takes, strict=True):
+            own["step"] += takes_it
+        if options["meta_lr"] > 0 and self.kind.learns and max(self.counted("step")) % options["meta_every"] == 0:
+            for counting in [own for own, has in zip(self.own, takes, strict=True) if has and "meta_step" in own]:
+                counting["meta_step"] += 1
+            if self.shared:
+                self.shared["meta_step"] += 1
+        at = self.context(takes, number)._replace(unit=number(unit))
+        if Mixture in self.parts() and any(g is not None and not g.any() for g in gradients):
+            at = at._replace(idle=[number(g is not None and not bool(g.any())) for g in gradients])
+
+        share = None
+        if "written" in tensors:
+            undone = self.look_back(operator, momentum, tensors, at, takes, number)
+            for part in parts:
+                part.correct_(gradient, undone, at)
+            share = None if undone is None else kept_share(undone.step, undone.change)
+        at = at._replace(share=share)
+        for part in parts:
+            factor = part.change_unit_(gradient, number(True))
+            if factor != 1:
+                self.rescale_(tensors, factor)
+                momentum.load_()
+        if "unit" in tensors:
+            at = at._replace(unit=number(float(tensors["unit"][0]) or 1.0))
+
+        update.begin_(at)
+        if "written" in tensors:
             pulled = gradient
             if options["weight_decay"]:
-                sizes = [1.0] * len(self.values) if operator.base is None else operator.base.typical(steps - 1)
+                sizes = [1.0] * len(self.values)
+                if options["base"] is not None:
+                    sizes = [float(size) for size in parts[0].gradient_scales(at) or ()]
                 pull = [value.to(self.dtype) * size for value, size in zip(self.values, sizes, strict=True)]
-                pulled = gradient + self.flat(pull) * options["weight_decay"]
-            scale.learn_(pulled, options["scale_lr"], steps, number(self.last_lr > 0))
-        scalars = [number(value) for value in (self.meta_step, self.last_lr * unit, float(lr) * unit, True, learning)]
-        chosen = {name: options[name] for name in ("beta", "meta_lr", "meta_optimizer", "max_condition", "trace")}
-        chosen |= {"e": self.extras.get("trace"), "steps": steps}
-        chosen |= {"mixture": self.mixture(), "mix_lr": options["mix_lr"]}
-        if "written" in self.extras:
-            chosen |= {"age": steps, "share": share}
-        if options["decays"] is not None:
-            flags = [g is not None and not g.any() for g in gradients]
-            chosen |= {"idle": [number(flag) for flag in flags]} if any(flags) else {}
-        step = lodo_step(gradient, momentum, operator, moments, *scalars, **chosen)
-        words = random_words(0, self.size, -self.steps, gradient.device)
-        self.momentum = to_bfloat16(momentum, words) if options["momentum_dtype"] == "bfloat16" else momentum
-        self.last_lr = lr = float(lr)
-        moved = self.flat([None if gradient is None else torch.ones_like(gradient) for gradient in gradients])
+                pulled = gradient.add(self.flat(pull), alpha=options["weight_decay"])
+            update.learn_parts_(pulled, at)
+        rotated = operator.rotate(gradient if share is None else gradient * share)
+        update.learn_(rotated, at)
+        current: Tensor | None = rotated if share is None else None
+        for part in parts:
+            current = part.update_basis_(gradient, current, momentum.in_coordinates, at)
+        step = update.advance_(operator.rotate(gradient) if current is None else current, at)
+        step = operator.rotate_back(step)
+        if options["momentum_dtype"] == "bfloat16":
+            words = random_words(0, sum(self.lengths), -max(self.counted("step")), gradient.device)
+            tensors["momentum"] = to_bfloat16(momentum.m, words)
+
+        self.subtract(step, parts, tensors, at, given, takes)
+        self.cut(tensors)
+
+    def subtract(
+        self,
+        step: Tensor,
+        parts: Sequence[Part],
+        tensors: dict[str, Tensor],
+        at: Context,
+        given: Sequence[bool],
+        takes: Sequence[bool],
+    ) -> None:
+        """Moves the parameters that have a gradient, of those that take the step."""
+        options = self.options
+        moved = self.flat([torch.ones_like(v) if has else None for v, has in zip(self.values, given, strict=True)]) > 0
+        factor, is_finite = 1.0, True
+        if options["max_step_norm"] is not None or "written" in tensors:
+            step.masked_fill_(~moved, 0)
         if options["max_step_norm"] is not None:
-            given = zip(self.values, gradients, strict=True)
-            x = self.flat([None if gradient is None else value for value, gradient in given])
-            step *= moved
-            factor, is_finite = shorten_(step, x, options["max_step_norm"])
-            self.last_lr = lr * float(factor)
-            self.skipped += not is_finite
-        if "written" in self.extras:
-            step *= moved
-        if options["weight_decay"]:
-            decay = self.decay(scale, options["lr"])
-            step += decay * moved if "written" in self.extras else decay
-        if scale is not None:
-            scale.record_(step, options["scale_trace"], number(True))
-        parts = step.split([value.numel() for value in self.values])
-        for value, gradient, part in zip(self.values, gradients, parts, strict=True):
-            if gradient is not None:
-                value.copy_(value.to(self.dtype) - part.view(value.shape))
-        if "written" in self.extras:
-            self.extras["written"].copy_(self.flat(self.values))
+            x = self.flat([v if has else None for v, has in zip(self.values, given, strict=True)])
+            shortened, finite = shorten_(step, x, options["max_step_norm"])
+            factor, is_finite = float(shortened), bool(finite)
+            for own in self.own:
+                own["skipped_steps"] += not is_finite
+        for cohort in at.cohorts:
+            if not (isinstance(cohort.active, Tensor) or cohort.active):
+                continue
+            for own in [self.own[place] for place in cohort.places] if self.kind.is_elementwise else [self.shared]:
+                own["last_lr"].fill_(float(cohort.lr) * factor)
+            for place in cohort.places if "written" in tensors else ():
+                self.own[place]["scheduled_lr"].fill_(float(options["lr"]))
+        if options["weight_decay"] and is_finite:
+            decay = self.decay(parts, [float(options["lr"])] * len(self.values))
+            step += decay * moved if "written" in tensors else decay
+        for part in parts:
+            part.record_(step, at)
+        for value, has, part in zip(self.values, given, self.pieces(step), strict=True):
+            if has:
+                value.copy_(value.to(self.dtype) - part)
+        if "written" in tensors:
+            took = self.flat([torch.full_like(value, t) for value, t in zip(self.values, takes, strict=True)]) > 0
+            tensors["written"] = torch.where(took, self.flat(self.values), tensors["written"])
 
-    def decay(self, scale: Scale | None, lr: float) -> Tensor:
+    def decay(self, parts: Sequence[Part], lrs: Sequence[float]) -> Tensor:
         """What weight decay subtracts."""
-        if scale is None:
-            return self.flat(self.values) * (lr * self.options["weight_decay"])
-        factors = (scale.factors() * (lr * self.options["weight_decay"])).clamp(max=1).to(self.dtype)
-        return self.flat([value.to(self.dtype) * f for value, f in zip(self.values, factors, strict=True)])
+        rates = [lr * self.options["weight_decay"] for lr in lrs]
+        scales = [part.factors() for part in parts if isinstance(part, TensorScale)]
+        if scales:
+            rates = (scales[0] * torch.tensor(rates, dtype=torch.float64)).clamp(max=1).tolist()
+        return self.flat([value.to(self.dtype) * rate for value, rate in zip(self.values, rates, strict=True)])
 
-    def look_back(self, operator: Any, gradient: Tensor, number: Callable[[Any], Any]) -> Tensor | None:
-        """What is left of the last step."""
-        x, written = self.flat(self.values), self.extras["written"]
-        if self.steps <= 1 or (torch.equal(x, written) and not isinstance(number(0.0), Tensor)):
-            if self.options["base"] is not None:
-                operator.base.hold_(gradient, self.steps)
+    def look_back(
+        self,
+        operator: Operator,
+        momentum: Momentum,
+        tensors: dict[str, Tensor],
+        at: Context,
+        takes: Sequence[bool],
+        number: Number,
+    ) -> Undone | None:
+        """What somebody has done to the parameters since their last steps."""
+        steps = self.counted("step")
+        x, is_readable = self.flat(self.values), not isinstance(number(0.0), Tensor)
+        if is_readable and (max(steps) <= 1 or torch.equal(x, tensors["written"])):
             return None
-        assert self.momentum is not None
-        unit = operator.unit if isinstance(operator, Composite) else 1.0
-        step = operator.rotate_back(operator.apply(self.momentum.to(self.dtype)) * (self.last_lr * unit))
+        has_last = [takes_it and t > 1 for takes_it, t in zip(takes, steps, strict=True)]
+        looks = self.flat([torch.full_like(v, has) for v, has in zip(self.values, has_last, strict=True)]) > 0
+        change = torch.where(looks, (x - tensors["written"]).nan_to_num(0.0, 0.0, 0.0), 0.0)
+        last_lrs = [lr * float(at.unit) for lr in self.counted("last_lr")]
+        made = [part * lr for part, lr in zip(self.pieces(operator.apply(momentum.m)), last_lrs, strict=True)]
+        step = operator.rotate_back(self.flat(made))
         if self.options["weight_decay"]:
-            scale = operator.scale if isinstance(operator, Composite) else None
-            step = step + self.decay(scale, self.last_lr if scale is None else scale.levels[0])
-        change, rounding = x - written, x.abs() * 2 * max(torch.finfo(value.dtype).eps for value in self.values)
-        if isinstance(operator, Composite) and operator.scale is not None:
-            operator.scale.correct_(change, taken_back(step, change, rounding, slack=1e-2))
-        if self.options["base"] is not None:
-            is_held = taken_back(step, change, rounding, slack=1e-5) & (step * gradient > 0)
-            operator.base.hold_(gradient, self.steps, is_held)
-        return kept_share(step, change)
+            parts = operator.parts if isinstance(operator, Composite) else ()
+            step = step + self.decay(parts, self.counted("scheduled_lr"))
+        rounding = x.abs() * (2 * max(torch.finfo(value.dtype).eps for value in self.values))
+        return Undone(change, step, rounding)
 
-    def change_unit(self, gradient: Tensor, number: Callable[[Any], Any]) -> float:
-        """Divides the gradient by the unit that it calls for; returns that."""
-        if self.options["base"] is None:
-            return 1.0
-        before, size = float(self.extras["unit"]), torch.linalg.vector_norm(gradient.double())
-        is_readable = not isinstance(number(0.0), Tensor)
-        unit = float(next_unit(before, float(size)) if is_readable else next_unit(torch.tensor(before), size))
-        self.extras["unit"].fill_(unit)
-        if 0 < before != unit:
-            self.rescale(before / unit)
-        gradient.div_(unit or 1.0)
-        return unit or 1.0
-
-    def rescale(self, factor: float) -> None:
+    def rescale_(self, tensors: dict[str, Tensor], factor: float) -> None:
         """Another unit for what is kept of gradients, by the power of them that it is."""
-        assert self.momentum is not None
-        self.momentum *= factor
-        for name, power in (("trace", 1), ("momenta", 1), ("base_exp_avg_sq", 2)):
-            if name in self.extras:
-                self.extras[name] *= factor**power
-        for name, power in (("scale", 1), ("mixture", 2)):
-            if name in self.extras:
-                self.extras[name][1] *= factor**power
-                self.extras[name][2] *= factor ** (2 * power)
-        if self.moments is not None:
-            self.moments[0].mul_(factor)
-            self.moments[1].mul_(factor**2)
-        if "base_factors" in self.extras:
-            self.base().rescale_(factor)
-            self.extras["base_exp_avg_sq"] /= factor**2  # which is done above
-
-    def copy(self) -> "Replay":
-        return copy.deepcopy(self)
+        for name, tensor in [*tensors.items(), *self.shared.items()]:
+            if name in POWERS:
+                tensor.mul_(factor ** POWERS[name])
+            for row, power in enumerate(ROWS.get(name, ())):
+                tensor[:, row] *= factor**power
 
 
-def step_all(groups: Sequence[Replay], gradients: Sequence[Gradients], number: Callable[[Any], Any]) -> bool:
+def computable(flag: bool, number: Number) -> Any:
+    """A flag as cohorts have it."""
+    return number(float(flag)) if isinstance(number(0.0), Tensor) else flag
+
+
+def step_all(groups: Sequence[Replay], gradients: Sequence[Gradients], number: Number) -> bool:
     """One call of `step` on all groups; returns whether it was left out because of a bad gradient."""
     given = list(zip(groups, gradients, strict=True))
     moving = [(group, own) for group, own in given if any(g is not None and g.numel() for g in own)]
@@ -268,7 +455,8 @@ def step_all(groups: Sequence[Replay], gradients: Sequence[Gradients], number: C
     for group, own in moving:
         group.prepare()
         if is_bad:
-            group.skipped += 1
+            for kept in group.own:
+                kept["skipped_steps"] += 1
         else:
             group.step(own, number)
     return is_bad

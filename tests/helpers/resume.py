@@ -11,6 +11,7 @@ import lodo
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "shuffle": {"permutation": "shuffle", "block_size": 3},
+    "blocks_of_3": {"block_size": 3},
     "inner_sgd": {"meta_optimizer": "sgd"},
     "residual": {"preconditioner": "residual", "depth": 9},
     "diagonal": {"preconditioner": "diagonal"},
@@ -23,12 +24,25 @@ CASES: dict[str, dict[str, Any]] = {
     "scheduled": {"scheduled": True},
     "bfloat16_state": {"meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
     "every_third": {"meta_every": 3, "dtype": torch.float64, "meta_state_dtype": "bfloat16"},  # saved in mid-period
-    "adam_scaled": {"base": "adam", "scale_lr": 0.05, "trace": 0.9, "preconditioner": "log_diagonal"},
-    "soap_scaled": {"base": "soap", "scale_lr": 0.05, "trace": 0.9, "momentum_dtype": "bfloat16"},
+    "adam_scaled": {"base": "adam", "scale_lr": 0.05, "trace_decay": 0.9, "preconditioner": "log_diagonal"},
+    "soap_scaled": {"base": "soap", "scale_lr": 0.05, "trace_decay": 0.9, "momentum_dtype": "bfloat16"},
     "identity_bfloat16": {"base": "soap", "preconditioner": "identity", "dtype": torch.bfloat16},
     "bounded": {"max_step_norm": 0.02, "max_condition": 1.2},
+    "recommended": {**lodo.RECOMMENDED},
+    "adam_and_blocks": {"base": "adam", "scale_lr": 0.03, "momentum_decays": (0.0, 0.9), "max_step_norm": 0.1},
+    # Parameters with different counts.
+    "gaps": {"gaps": True},
+    "gaps_every_third": {"gaps": True, "meta_every": 3, "meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
+    "gaps_log_diagonal": {"gaps": True, "preconditioner": "log_diagonal", "momentum_dtype": "bfloat16"},
+    "gaps_identity": {"gaps": True, "preconditioner": "identity", "base": "adam", "scheduled": True},
+    "gaps_recommended": {"gaps": True, **lodo.RECOMMENDED},
+    "gaps_recommended_adam": {"gaps": True, **lodo.RECOMMENDED, "base": "adam", "meta_state_dtype": "bfloat16"},
+    "gaps_and_a_reset": {"gaps": True, "reset": 5, **lodo.RECOMMENDED, "base": "adam"},
 }
 STEPS = 8
+GAPS = {"0.bias": (3, 1), "2.weight": (0, 2), "2.bias": (11, 3)}
+"""With gaps, the first step and the interval of steps at which a parameter has a gradient: one joins late, one goes on
+joining, one comes to join after the state was saved. The others always have one."""
 
 
 def build(name: str) -> tuple[nn.Module, lodo.LODO, Any]:
@@ -37,10 +51,11 @@ def build(name: str) -> tuple[nn.Module, lodo.LODO, Any]:
     groups, scheduled = options.pop("groups", False), options.pop("scheduled", False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).to(dtype)
+    model.gaps, model.reset = GAPS if options.pop("gaps", False) else {}, options.pop("reset", None)
     params: Any = model.parameters()
     if groups:
         params = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "preconditioner": "diagonal"}]
-    optimizer = lodo.LODO(params, lr=0.1, meta_lr=options.pop("meta_lr", 1e-2), weight_decay=0.01, **options)
+    optimizer = lodo.LODO(params, **{"lr": 0.1, "meta_lr": 1e-2, "weight_decay": 0.01, **options})
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) if scheduled else None
     return model, optimizer, scheduler
 
@@ -51,6 +66,11 @@ def run(model: nn.Module, optimizer: lodo.LODO, scheduler: Any, begin: int, step
         x = torch.randn(16, 5, generator=generator).to(next(model.parameters()).dtype)
         optimizer.zero_grad()
         (model(x) - x[:, :2].sin()).float().pow(2).mean().backward()
+        for name, (first, interval) in model.gaps.items():
+            if step < first or (step - first) % interval:
+                model.get_parameter(name).grad = None
+        if step == model.reset:
+            optimizer.reset()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

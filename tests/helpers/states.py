@@ -48,7 +48,7 @@ def snapshot(optimizer):
     """Copies of the parameters, and of the state without its count of skipped steps."""
     state = copy.deepcopy(optimizer.state_dict()["state"])
     for entry in state.values():
-        entry.pop("skipped", None)
+        entry.pop("skipped_steps", None)
     return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]], state
 
 

@@ -74,9 +74,9 @@ RATES: dict[str, st.SearchStrategy[Any]] = {
     "beta": st.sampled_from((0.0, 0.5, 0.9)),
     "weight_decay": st.sampled_from((0.0, 0.1)),
     "meta_optimizer": st.sampled_from(("adam", "sgd")),
-    "trace": st.sampled_from((0.0, 0.5, 0.9)),
+    "trace_decay": st.sampled_from((0.0, 0.5, 0.9)),
     "scale_lr": st.sampled_from((0.0, 0.01)),
-    "scale_trace": st.sampled_from((0.0, 0.9)),
+    "scale_trace_decay": st.sampled_from((0.0, 0.9)),
     "mix_lr": st.sampled_from((0.0, 0.01, 0.3)),
     "meta_every": st.sampled_from((1, 2, 3)),
     "meta_state_dtype": st.sampled_from((None, "bfloat16")),
@@ -97,7 +97,7 @@ def rates() -> st.SearchStrategy[dict[str, Any]]:
 
 def options(bases: tuple[str | None, ...] = (None, None, "adam", "soap")) -> st.SearchStrategy[dict[str, Any]]:
     """All the options of a param group but for lr."""
-    parts = st.fixed_dictionaries({"base": st.sampled_from(bases), "decays": st.sampled_from(DECAYS)})
+    parts = st.fixed_dictionaries({"base": st.sampled_from(bases), "momentum_decays": st.sampled_from(DECAYS)})
     return st.builds(lambda *drawn: possible({**drawn[0], **drawn[1], **drawn[2]}), architectures(), parts, rates())
 
 

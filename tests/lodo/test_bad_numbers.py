@@ -171,7 +171,7 @@ def test_large_gradients_are_held_back_only_where_they_would_stay():
 def test_what_the_inner_adam_keeps_stays_finite_under_large_gradients(trace):
     """float32; with a trace the vector that is judged is up to 1 / (1 - trace) momenta long."""
     x = torch.nn.Parameter(torch.ones(3))
-    optimizer = lodo.LODO([x], lr=1.0, meta_lr=1e-8, preconditioner="diagonal", trace=trace)
+    optimizer = lodo.LODO([x], lr=1.0, meta_lr=1e-8, preconditioner="diagonal", trace_decay=trace)
     x.grad = torch.full((3,), 1e9)
     with pytest.warns(UserWarning, match="skipped") if trace else nullcontext():
         for _ in range(50):

@@ -10,6 +10,7 @@ import pickle
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,14 +21,17 @@ from torch import Tensor
 
 import lodo
 from lodo import scalars
-from lodo.state import EXTRA_KEYS
 from tests.helpers import strategies as draw
 from tests.helpers.replay import Replay, step_all
 from tests.helpers.states import through_file
 
 KERNELS = (*draw.KERNELS, "scalars on the device")
-ARCHITECTURE = ("preconditioner", "depth", "block_size", "expansion", "permutation", "base", "decays", "seed")
-REPLACED = ("theta", "theta_exp_avg", "momentum", "last_lr", "steps", *EXTRA_KEYS)
+ARCHITECTURE = ("preconditioner", "depth", "block_size", "expansion", "permutation", "base", "momentum_decays", "seed")
+REPLACED = (
+    *("theta", "permutations", "theta_exp_avg", "theta_exp_avg_sq", "meta_step", "last_lr", "step", "skipped_steps"),
+    *("momentum", "momentum_trace", "exp_avg_sq", "unit", "factors", "eigenbasis", "seen"),
+    *("scale", "scale_peak", "step_trace", "momenta", "mixture", "written", "scheduled_lr", "reset_at"),
+)
 COUNTS: Counter[str] = Counter()
 
 which = st.integers(0, 3)
@@ -95,6 +99,9 @@ class CallOrders(RuleBasedStateMachine):
     def start(self, kernel: str, first: dict[str, Any], others: list[dict[str, Any]]) -> None:
         COUNTS["runs"] += 1
         self.patch = pytest.MonkeyPatch()
+        self.quiet = warnings.catch_warnings()
+        self.quiet.__enter__()
+        warnings.filterwarnings("ignore", "LODO skipped a step|LODO loaded momentum without the network")
         if kernel != "native":
             self.patch.setenv("LODO_NATIVE", "0")
         if kernel == "scalars on the device":
@@ -128,6 +135,7 @@ class CallOrders(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "patch"):
             self.patch.undo()
+            self.quiet.__exit__(None, None, None)
             for found, expected in self.others:
                 for leaf, wanted in zip(leaves(found), leaves(expected), strict=True):
                     if isinstance(wanted, Tensor):
@@ -152,9 +160,7 @@ class CallOrders(RuleBasedStateMachine):
         given = [[None if p.grad is None else p.grad.clone() for p in own] for own in self.params]
         COUNTS["calls of step"] += 1
         COUNTS["of them skipped"] += step_all(self.groups, given, self.number)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "LODO skipped a step")
-            assert self.optimizer.step() is None
+        assert self.optimizer.step() is None
         for own, gradients in zip(self.params, given, strict=True):
             for p, gradient in zip(own, gradients, strict=True):
                 assert (p.grad is None) == (gradient is None)
@@ -240,6 +246,70 @@ class CallOrders(RuleBasedStateMachine):
         with pytest.raises(ValueError, match=bad[0]):
             self.optimizer.add_param_group({"params": params, **spec["options"], **dict([bad])})
 
+    @rule(index=st.none() | which)
+    def reset(self, index: int | None) -> None:
+        index = None if index is None else index % len(self.groups)
+        for group in self.groups if index is None else [self.groups[index]]:
+            if group.has_state:
+                group.prepare()
+                group.reset()
+        self.optimizer.reset(index)
+
+    # ---- parameters that come and go ---------------------------------------------------------------------------------
+
+    @rule(index=which, at=which)
+    def forget(self, index: int, at: int) -> None:
+        """A parameter starts anew, the others go on."""
+        COUNTS["parameters that start anew"] += 1
+        group, own = self.chosen(index)
+        at %= len(own)
+        self.optimizer.state.pop(own[at], None)
+        group.forget(at)
+
+    @rule(index=which, at=which, plan=draw.plans)
+    def exchange(self, index: int, at: int, plan: draw.Plan) -> None:
+        """A parameter for another, of another shape too where nothing hangs on all shapes of a group."""
+        COUNTS["exchanged parameters"] += 1
+        group, own = self.chosen(index)
+        at %= len(own)
+        if not self.is_free(group, without=at):
+            plan = replace(plan, shape=tuple(own[at].shape))
+        self.optimizer.state.pop(own[at], None)
+        own[at] = self.optimizer.param_groups[index % len(self.groups)]["params"][at] = plan.make()
+        group.forget(at)
+        group.values[at] = own[at].detach().clone(memory_format=torch.contiguous_format)
+
+    @rule(index=which, plan=draw.plans)
+    def join(self, index: int, plan: draw.Plan) -> None:
+        group, own = self.chosen(index)
+        if self.is_free(group) and len(own) < 5:
+            COUNTS["parameters that join"] += 1
+            own.append(plan.make())
+            self.optimizer.param_groups[index % len(self.groups)]["params"].append(own[-1])
+            group.values.append(own[-1].detach().clone(memory_format=torch.contiguous_format))
+            group.own.append({})
+
+    @rule(index=which, at=which)
+    def leave(self, index: int, at: int) -> None:
+        group, own = self.chosen(index)
+        at %= len(own)
+        if self.is_free(group, without=at) and len(own) > 1:
+            COUNTS["parameters that leave"] += 1
+            self.optimizer.state.pop(own.pop(at), None)
+            self.optimizer.param_groups[index % len(self.groups)]["params"].pop(at)
+            group.forget(at)
+            del group.values[at], group.own[at]
+
+    def chosen(self, index: int) -> tuple[Replay, list[torch.nn.Parameter]]:
+        return self.groups[index % len(self.groups)], self.params[index % len(self.groups)]
+
+    def is_free(self, group: Replay, without: int | None = None) -> bool:
+        """Whether shapes and number of a group's parameters may change: not those that a network of all of them is
+        made for, and only groups without a matrix have full eigenbases of their vectors."""
+        others = [value for place, value in enumerate(group.values) if place != without]
+        has_matrix = any(value.dim() > 1 for value in others)
+        return not group.has_state or (group.kind.is_elementwise and (group.options["base"] != "soap" or has_matrix))
+
     @rule(index=which, only=which, dtype=draw.dtypes)
     def cast(self, index: int, only: int, dtype: torch.dtype) -> None:
         """All parameters of a group, or one."""
@@ -257,25 +327,33 @@ class CallOrders(RuleBasedStateMachine):
         """Which may bring the state into the dtypes that are wanted now."""
         found = self.optimizer.preconditioners
         for g, group in zip(found, self.groups, strict=True):
-            assert (g is None) == (group.network is None)
-            if group.network is not None:
+            assert (g is None) == (not group.has_state)
+            if group.has_state:
                 group.prepare()
-                assert repr(g) == repr(group.operator(group.steps))
+                assert repr(g) == group.described()
         assert self.optimizer.skipped_steps == max(group.skipped for group in self.groups)
         assert "LODO" in repr(self.optimizer)
 
     def saved(self) -> dict[str, Any]:
         """The state dict. To save is to start what options ask for and is not there yet."""
         for group in self.groups:
-            if group.network is not None and (group.missing() or (group.uses_moments and group.moments is None)):
+            if group.has_state:
                 group.prepare()
         return self.optimizer.state_dict()
 
-    @rule(is_file=st.booleans())
-    def resume(self, is_file: bool) -> None:
-        """In another optimizer, on copies of the parameters. Those it came from must not change any more."""
+    @rule(is_file=st.booleans(), lost=st.none() | st.tuples(which, which))
+    def resume(self, is_file: bool, lost: tuple[int, int] | None) -> None:
+        """In another optimizer, on copies of the parameters. Those it came from must not change any more. What is saved
+        may lack a parameter."""
         COUNTS["resumes"] += 1
         saved = self.saved()
+        if lost is not None:
+            group, own = self.chosen(lost[0])
+            at = lost[1] % len(own)
+            if group.kind.is_elementwise or at > 0:
+                COUNTS["parameters that start anew"] += 1
+                saved["state"].pop(saved["param_groups"][lost[0] % len(self.groups)]["params"][at], None)
+                group.forget(at)
         self.keep([[p.detach() for p in own] for own in self.params])
         self.keep(saved)
         if is_file:
@@ -300,11 +378,11 @@ class CallOrders(RuleBasedStateMachine):
         self.params, self.optimizer = how((self.params, self.optimizer))
         self.scheduler = None
 
-    @rule(name=st.sampled_from(REPLACED))
-    def replace_state(self, name: str) -> None:
-        """By copies, as whoever moves it elsewhere and back does."""
-        for entry in self.optimizer.state.values():
-            if name in entry:
+    @rule(name=st.sampled_from(REPLACED), only=st.none() | which)
+    def replace_state(self, name: str, only: int | None) -> None:
+        """By copies, as whoever moves it elsewhere and back does; that of all parameters, or of one."""
+        for place, entry in enumerate(self.optimizer.state.values()):
+            if name in entry and only in (None, place):
                 entry[name] = entry[name].clone()
 
     @rule()
@@ -318,8 +396,9 @@ class CallOrders(RuleBasedStateMachine):
     def rewind(self) -> None:
         """Loads an earlier state into the optimizer it came from, or into one that has got more groups since."""
         state, groups = self.snapshot
-        if len(groups) < len(self.groups):
-            with pytest.raises(ValueError, match="parameter groups"):
+        sizes = [[len(group.values) for group in each] for each in (groups, self.groups)]
+        if sizes[0] != sizes[1]:
+            with pytest.raises(ValueError, match=r"parameter groups|size of optimizer's group"):
                 self.optimizer.load_state_dict(state)
             return
         COUNTS["rewinds"] += 1
@@ -344,29 +423,13 @@ class CallOrders(RuleBasedStateMachine):
             self.state_agrees(own, group)
 
     def state_agrees(self, params: list[torch.nn.Parameter], group: Replay) -> None:
-        entries = [self.optimizer.state.get(p, {}) for p in params]
-        if group.network is None:
-            assert not any(entries)
-            return
-        momentum = group.momentum.split([p.numel() for p in params])
-        for p, entry, part in zip(params, entries, momentum, strict=True):
-            assert_bits(entry["momentum"], part.view(p.shape), "momentum")
-        expected = {"theta": group.network.theta, "permutations": group.network.permutations_stored}
-        expected.update(zip(("theta_exp_avg", "theta_exp_avg_sq"), group.moments or (None, None), strict=True))
-        counts = {
-            "steps": group.steps,
-            "meta_step": group.meta_step,
-            "skipped": group.skipped,
-            "last_lr": group.last_lr,
-        }
-        expected = {name: tensor for name, tensor in expected.items() if tensor is not None}
-        expected.update(group.extras)
-        assert entries[0].keys() == {"momentum", "format", *expected, *counts}
-        assert all(entry.keys() == {"momentum"} for entry in entries[1:])
-        for name, tensor in expected.items():
-            assert_bits(entries[0][name], tensor, name)
-        for name, number in counts.items():
-            assert entries[0][name].item() == number, name
+        for place, (p, own) in enumerate(zip(params, group.own, strict=True)):
+            entry = dict(self.optimizer.state.get(p, {}))
+            assert entry.pop("shards", torch.ones(1)).tolist() == [1]
+            expected = {**own, **group.shared} if place == 0 else own
+            assert entry.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert_bits(entry[name], tensor, name)
 
     @invariant()
     def state_has_its_own_memory(self) -> None:

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 import lodo
+from benchmarks.faults.training import fingerprint
+from lodo.declarations import Dtype, Kind
+from lodo.state.layout import MARKS, slots_of
 from tests.helpers import resume
 from tests.helpers.states import assert_same, edit, fresh_pair, through_file
 
@@ -145,6 +148,16 @@ def with_option(saved, **options):
     return saved
 
 
+def moved(saved, name):
+    saved["state"][1][name] = saved["state"][0].pop(name)
+    return saved
+
+
+def without_entry(saved, place):
+    del saved["state"][place]
+    return saved
+
+
 def adam_state():
     model, *_ = resume.build("default")
     adam = torch.optim.Adam(model.parameters())
@@ -154,6 +167,7 @@ def adam_state():
     return adam.state_dict()
 
 
+SCATTERED = r"networks with several parameters, got \[0, 1\]"
 REFUSED = [
     (
         "another preconditioner",
@@ -162,17 +176,24 @@ REFUSED = [
     ),
     ("another optimizer", adam_state, "not a state of LODO"),
     ("incomplete", lambda: edit(trained_state(), last_lr=None), "last_lr missing"),
-    (
-        "another format",
-        lambda: edit(trained_state(), format=99),
-        "format 99, this version of lodo reads formats 1 to 3",
-    ),
-    ("another block size", lambda: trained_state("shuffle"), r"theta \(set by depth, block_size and expansion\)"),
-    ("no momentum", lambda: edit(trained_state(), momentum=None), "momentum must be a tensor"),
+    ("another permutation", lambda: trained_state("shuffle"), "permutation 'shuffle', this optimizer's is 'random'"),
+    ("another block size", lambda: trained_state("blocks_of_3"), r"theta \(set by depth, block_size and expansion\)"),
+    ("no momentum", lambda: edit(trained_state(), momentum=None), "momentum missing"),
     ("momentum shape", lambda: edit(trained_state(), momentum=torch.zeros(3)), r"shape \(3,\) in the saved state"),
     ("moment shape", lambda: edit(trained_state(), theta_exp_avg=torch.zeros(3)), "theta_exp_avg has shape"),
     ("one moment", lambda: edit(trained_state(), theta_exp_avg_sq=None), "theta_exp_avg_sq"),
-    ("no indices", lambda: edit(trained_state(), permutations=None), "without indices"),
+    ("no indices", lambda: edit(trained_state(), permutations=None), "permutations missing"),
+    (
+        "indices elsewhere",
+        lambda: moved(trained_state(), "permutations"),
+        SCATTERED,
+    ),
+    (
+        "a count elsewhere",
+        lambda: moved(trained_state(), "meta_step"),
+        SCATTERED,
+    ),
+    ("no network", lambda: without_entry(trained_state(), 0), "theta missing"),
     (
         "indices out of range",
         lambda: edit(trained_state(), permutations=trained_state()["state"][0]["permutations"] + 1),
@@ -186,13 +207,13 @@ REFUSED = [
     (
         "options of another network",
         lambda: with_option(trained_state(), permutation="shuffle"),
-        "permutation='shuffle'",
+        "permutation .*'shuffle'",
     ),
     ("an option out of range", lambda: with_option(trained_state(), block_size=0), "block_size must be an int >= 1"),
     ("an option of another type", lambda: with_option(trained_state(), expansion="2"), "expansion must be a number"),
-    ("format as a tensor", lambda: edit(trained_state(), format=torch.ones(2)), "the state has format tensor"),
     ("count", lambda: edit(trained_state(), meta_step=torch.zeros(2)), "meta_step has shape"),
-    ("steps", lambda: edit(trained_state(), steps=None), "steps must be a tensor"),
+    ("steps", lambda: edit(trained_state(), step=None), "step missing"),
+    ("steps as a number", lambda: edit(trained_state(), step=3), "step must be a tensor, got 3"),
     ("integers for theta", lambda: edit(trained_state(), theta=trained_state()["state"][0]["theta"].int()), "int32"),
 ]
 
@@ -300,7 +321,7 @@ def test_numpy_numbers_among_the_options_are_saved_as_plain_ones():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_state_without_the_momentum_of_frozen_parameters_can_be_saved_again_at_once(dtype):
+def test_a_state_without_that_of_frozen_parameters_can_be_saved_again_at_once(dtype):
     """torch.distributed.checkpoint leaves it out; what is saved must not depend on whether there was a step since."""
     params = [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=False)]
     params[0].grad = torch.ones_like(params[0])
@@ -308,24 +329,27 @@ def test_a_state_without_the_momentum_of_frozen_parameters_can_be_saved_again_at
     optimizer.step()
     saved = optimizer.state_dict()
     whole = copy.deepcopy(saved)
-    del saved["state"][1]["momentum"]
+    del saved["state"][1]
     other = lodo.LODO(params)
     other.load_state_dict(saved)
     assert_same(other.state_dict(), whole)
     lodo.LODO(params).load_state_dict(other.state_dict())
 
 
-def test_a_frozen_network_of_format_1_is_not_taken_for_lost():
-    """Format 1 had no count of the steps, and its inner optimizer took none: no warning, on the second load either."""
+@pytest.mark.parametrize("last_lr", [1.0, 0.0])
+def test_a_frozen_network_is_not_taken_for_lost(last_lr):
+    """Its inner optimizer takes no steps: no warning, on the second load either, nor where a schedule ended at 0."""
     x = nn.Parameter(torch.ones(3))
-    x.grad = torch.ones_like(x)
     optimizer = lodo.LODO([x], meta_lr=0.0)
-    optimizer.step()
+    for lr in (1.0, last_lr):
+        x.grad = torch.ones_like(x)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
     other = lodo.LODO([x])
-    other.load_state_dict(edit(optimizer.state_dict(), format=1, steps=None))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert torch.equal(other.preconditioners[0].theta, optimizer.preconditioners[0].theta)
     saved = other.state_dict()
-    assert (saved["state"][0]["format"], int(saved["state"][0]["steps"])) == (2, 0)
+    assert_same(saved, optimizer.state_dict())
     lodo.LODO([x]).load_state_dict(saved)
 
 
@@ -359,18 +383,161 @@ def test_a_switch_of_the_inner_optimizer_is_saved_before_its_first_step():
     assert torch.equal(first.preconditioners[0].theta, second.preconditioners[0].theta)
 
 
-def test_an_optimizer_that_was_pickled_before_there_were_bounds_goes_on():
-    x = nn.Parameter(torch.ones(5))
-    optimizer = lodo.LODO([x], lr=0.1)
-    x.grad = torch.ones(5)
-    optimizer.step()
-    old = copy.deepcopy(optimizer.__getstate__())
-    for options in (old["defaults"], *old["param_groups"]):
-        del options["max_step_norm"], options["max_condition"]
-    resumed = lodo.LODO.__new__(lodo.LODO)
-    resumed.__setstate__(old)
-    y = resumed.param_groups[0]["params"][0]
-    for p, goes_on in ((x, optimizer), (y, resumed)):
-        p.grad = torch.ones(5)
-        goes_on.step()
-    assert torch.equal(x, y)
+# ---- every single key of every parameter's entry ---------------------------------------------------------------------
+
+OPTIONS = {
+    "default": {},
+    "residual": {"preconditioner": "residual", "depth": 5, "trace_decay": 0.9},
+    "diagonal": {"preconditioner": "diagonal", "meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
+    "scalar, inner SGD": {"preconditioner": "scalar", "meta_optimizer": "sgd"},
+    "log_diagonal": {"preconditioner": "log_diagonal", "meta_state_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
+    "identity, scaled": {"preconditioner": "identity", "scale_lr": 0.05},
+    "adam and blocks": {"base": "adam", "scale_lr": 0.03, "momentum_decays": (0.0, 0.9), "depth": 2, "block_size": 3},
+    "recommended": {**lodo.RECOMMENDED},
+    "recommended, adam": {**lodo.RECOMMENDED, "base": "adam"},
+}
+of_every_kind = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+STARTS = (0, 3, 1)
+
+
+def uneven(options, steps=6, starts=STARTS):
+    """Parameters that had their first gradients at different steps: where the network allows it, they have counts of
+    their own."""
+    params = [nn.Parameter(torch.linspace(-1, 1, n).view(shape)) for n, shape in ((12, (3, 4)), (1, ()), (5, (5,)))]
+    optimizer = lodo.LODO(params, **{"lr": 0.05, "weight_decay": 0.01, **options})
+    step_unevenly(params, optimizer, 0, steps, starts)
+    return params, optimizer
+
+
+def step_unevenly(params, optimizer, begin, end, starts=STARTS):
+    for step in range(begin, end):
+        for p, start in zip(params, starts, strict=True):
+            p.grad = (p.detach() + step).cos() if step >= start else None
+        optimizer.step()
+
+
+def with_last(value, number):
+    """A copy with another last number."""
+    value = value.clone()
+    value.view(-1)[-1] = number
+    return value
+
+
+def damages(slot, value):
+    """What may have become of an entry of a saved state, each with the beginning of what is said of it."""
+    yield "missing", None
+    yield "must be a tensor", 1.0
+    yield "has layout", value.unsqueeze(0).to_sparse()
+    yield "has shape", value.unsqueeze(0)
+    yield "has shape", value.new_zeros((*value.shape, 2))
+    yield "has shape", value.new_zeros(value.numel() + 1)
+    yield "has dtype", value.to(torch.float16)
+    yield "has dtype", value.to(torch.int16)
+    yield "has dtype", value.to(torch.bool)
+    if value.numel() == 0:  # the factors of a vector
+        return
+    if value.is_floating_point():
+        for number in (torch.nan, torch.inf, -torch.inf):
+            yield "holds NaN or infinity", with_last(value, number)
+    if slot.low > -torch.inf:
+        yield "must hold", with_last(value, slot.low - 1 if value.dtype != torch.uint8 else 255)
+    if slot.high < torch.inf:
+        yield "must hold", with_last(value, slot.high + 1)
+    for row in slot.squares:
+        spoilt = value.clone()
+        spoilt[row].view(-1)[-1:] = -1e-30
+        yield "second moments must hold", spoilt
+
+
+@of_every_kind
+def test_every_key_of_every_entry_is_checked(options):
+    """Whatever the parts keep: what is known of it here is what they declare, so that a new one is covered."""
+    saved = uneven(options)[1].state_dict()
+    _, optimizer = uneven(options, 2)
+    slots = {slot.name: slot for slot in slots_of(saved["param_groups"][0])}
+    before, refused = fingerprint(optimizer.state_dict()), 0
+    for key, entry in saved["state"].items():
+        kept = {name: slot for name, slot in slots.items() if slot.kind is not Kind.NETWORK or name in entry}
+        assert entry.keys() - set(MARKS) == kept.keys()
+        for name, slot in kept.items():
+            for message, value in damages(slot, entry[name]):
+                damaged = {**entry, name: value}
+                if value is None:
+                    del damaged[name]
+                where = rf"{name} missing" if value is None else rf"(group 0|parameter {key}): {name}\b.*{message}"
+                with pytest.raises(ValueError, match=where):
+                    optimizer.load_state_dict({**saved, "state": {**saved["state"], key: damaged}})
+                refused += 1
+        unknown = {**entry, "thetas": torch.ones(3)}
+        with pytest.raises(ValueError, match=rf"parameter {key}: 'thetas' in the saved state is no entry"):
+            optimizer.load_state_dict({**saved, "state": {**saved["state"], key: unknown}})
+    assert refused > 9 * len(slots)
+    assert fingerprint(optimizer.state_dict()) == before
+    optimizer.load_state_dict(saved)
+    assert fingerprint(optimizer.state_dict()) == fingerprint(saved)
+
+
+@of_every_kind
+def test_what_may_not_be_negative_is_declared(options):
+    """What the test above cannot tell: that a slot says what numbers it allows."""
+    for slot in slots_of(lodo.LODO([torch.ones(1)], **options).param_groups[0]):
+        if slot.is_whole or slot.name.endswith("_sq") or slot.name in ("unit", "scheduled_lr", "scale_peak"):
+            assert slot.low == 0, slot.name
+        if slot.dtype is Dtype.FLAG:
+            assert slot.high < 255, slot.name
+        assert slot.squares == ((2,) if slot.name in ("scale", "mixture") else ()), slot.name
+
+
+@of_every_kind
+def test_parameters_with_different_counts_resume_bit_for_bit(options, kernel):
+    params, optimizer = uneven(options, starts=(0, 9, 2))
+    saved = through_file([params, optimizer.state_dict()])
+    is_elementwise = options.get("preconditioner") in ("log_diagonal", "identity")
+    assert [int(optimizer.state[p]["step"]) for p in params] == [6, 0, 4]
+    others, other = uneven(options, 1)
+    with torch.no_grad():
+        for p, value in zip(others, saved[0], strict=True):
+            p.copy_(value)
+    other.load_state_dict(saved[1])
+    for begin in (6, 9, 12):
+        step_unevenly(params, optimizer, begin, begin + 3, (0, 9, 2) if begin < 12 else (0, 99, 2))
+        step_unevenly(others, other, begin, begin + 3, (0, 9, 2) if begin < 12 else (0, 99, 2))
+    assert [int(other.state[p]["step"]) for p in others] == [15, 3 if is_elementwise else 6, 13]
+    assert_same([p.detach() for p in others], [p.detach() for p in params])
+    assert_same(other.state_dict(), optimizer.state_dict())
+
+
+@of_every_kind
+def test_a_parameter_without_an_entry_in_a_saved_state_starts_anew_and_the_others_go_on(options, kernel):
+    """As one whose state was popped does; here one that no network of the whole group lies with."""
+    (params, optimizer), (others, other), (twins, twin) = (uneven(options) for _ in range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][2]
+    other.load_state_dict(saved)
+    del optimizer.state[params[2]]
+    for each in ((params, optimizer), (others, other), (twins, twin)):
+        step_unevenly(*each, 6, 10)
+    assert_same([p.detach() for p in others], [p.detach() for p in params])
+    assert_same(other.state_dict(), optimizer.state_dict())
+    assert [int(other.state[p]["step"]) for p in others] == [10, 7, 4]
+    assert not torch.equal(others[2], twins[2])
+    if options.get("preconditioner") in ("log_diagonal", "identity"):
+        assert_same([p.detach() for p in others[:2]], [p.detach() for p in twins[:2]])
+        for p, q in zip(others[:2], twins[:2], strict=True):
+            assert_same(other.state[p], twin.state[q])
+
+
+def test_a_parameter_slipped_into_a_group_of_an_elementwise_network_is_saved_with_it():
+    params, optimizer = uneven(lodo.RECOMMENDED)
+    late = nn.Parameter(torch.ones(4))
+    optimizer.param_groups[0]["params"].append(late)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert sorted(saved["state"]) == [0, 1, 2, 3]
+    others = [nn.Parameter(p.detach().clone()) for p in (*params, late)]
+    other = lodo.LODO(others)
+    other.param_groups[0].update({name: saved["param_groups"][0][name] for name in lodo.RECOMMENDED})
+    other.load_state_dict(saved)
+    step_unevenly([*params, late], optimizer, 6, 10, (0, 0, 0, 7))
+    step_unevenly(others, other, 6, 10, (0, 0, 0, 7))
+    assert [int(other.state[p]["step"]) for p in others] == [10, 7, 9, 3]
+    assert_same([p.detach() for p in others], [p.detach() for p in (*params, late)])

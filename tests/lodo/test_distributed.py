@@ -168,7 +168,7 @@ def one_rank_has_nothing(kind, base):
     sizes, so that ranks can exchange them."""
     torch.manual_seed(0)
     model = fully_shard(nn.Linear(5, 1))
-    options = {**OPTIONS, "preconditioner": kind, "base": base, "trace": 0.5, "scale_lr": 0.01, "decays": (0.0, 0.9)}
+    options = {**OPTIONS, "preconditioner": kind, "base": base, "trace_decay": 0.5, "scale_lr": 0.01, "momentum_decays": (0.0, 0.9)}
     optimizer, twin = lodo.LODO(model.parameters(), **options), Twin(model.parameters(), **options)
     for _ in range(5):
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lodo
-from lodo import kernels, meta, scalars
+from lodo import inner_optimizer, kernels, scalars
 from lodo.kernels import gpu, native, reference
 from tests.helpers.kernels import RATES, close, tensors
 from tests.helpers.oracle import fresh
@@ -162,7 +162,7 @@ def test_an_inactive_step_leaves_every_bit(kind, moment_dtype, device):
     moments = tuple(torch.rand_like(g.theta).to(moment_dtype) for _ in range(2))
     before = clones((g.theta, *moments))
     count, active = torch.tensor(5.0, dtype=torch.float64, device=device), torch.tensor(0.0, device=device)
-    rates = meta.rates("adam", 0.1, count, active, torch.float32)
+    rates = inner_optimizer.rates("adam", 0.1, count, active, torch.float32)
     g.learn_(*torch.randn(2, 90).to(device), torch.tensor(0.3, dtype=torch.float64, device=device), moments, rates)
     for found, expected in zip((g.theta, *moments), before, strict=True):
         assert torch.equal(found, expected)
@@ -266,6 +266,7 @@ def test_triton_is_loaded_only_where_it_runs():
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler on Linux only")
 def test_every_kernel_compiles_for_sm_90_without_spills(tmp_path):
     """Those of float32 networks, with no GPU at hand; `python -m benchmarks.kernel_resources` takes float64 too."""

@@ -336,7 +336,7 @@ def test_only_small_groups_of_vectors_have_full_eigenbases(count, is_full):
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
-    assert optimizer.state[params[0]]["base_factors"].numel() == (2 * count * 200**2 if is_full else 0)
+    assert optimizer.state[params[0]]["factors"].numel() == (2 * count * 200**2 if is_full else 0)
 
 
 def test_exchanged_parameters_are_not_kept_alive():
@@ -357,7 +357,7 @@ def test_exchanged_parameters_are_not_kept_alive():
     assert [ref() for ref in gone] == [None] * 3
 
 
-@pytest.mark.parametrize("name", ["theta", "base_exp_avg_sq", "scale", "mixture", "base_factors"])
+@pytest.mark.parametrize("name", ["theta", "exp_avg_sq", "scale", "mixture", "factors"])
 @pytest.mark.parametrize("is_loaded", [False, True])
 def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name, is_loaded):
     """A broadcast that makes replicas alike, say: a gradient is judged by the G that the state tells of."""

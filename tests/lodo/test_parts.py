@@ -12,12 +12,12 @@ from tests.helpers.parts import (
     SHAPES,
     backward,
     built,
-    entry_of,
     flat,
     loss_of,
     made,
     rotated_back,
     scales,
+    state_of,
     trained,
 )
 
@@ -36,7 +36,7 @@ def dense_of(product, size):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_identity_over_adam_is_adam(decay, order):
-    """Parameters without a gradient count as zero gradient, and are not written."""
+    """Parameters without a gradient are left alone, and count steps of their own."""
     shapes = SHAPES[::order]
     ours, theirs = made(shapes), made(shapes)
     optimizer = lodo.LODO(ours, lr=0.05, meta_lr=0.7, base="adam", preconditioner="identity", weight_decay=decay)
@@ -44,15 +44,14 @@ def test_an_identity_over_adam_is_adam(decay, order):
     for step in range(50):
         backward(ours), backward(theirs)
         absent = step % 5 if step % 3 == 0 else None
-        before = [p.detach().clone() for p in theirs]
         if absent is not None:
-            ours[absent].grad = None
-            theirs[absent].grad.zero_()
+            ours[absent].grad = theirs[absent].grad = None
         optimizer.step(), reference.step()
-        if absent is not None:
-            theirs[absent].data.copy_(before[absent])
         torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-11)
     assert (flat(ours) - flat(made(shapes))).abs().max() > 0.5
+    counts = [int(optimizer.state[p]["step"]) for p in ours]
+    assert counts == [int(reference.state[p]["step"]) for p in theirs]
+    assert len(set(counts)) > 1
 
 
 # ---- SOAP ----------------------------------------------------------------------------------------------------------
@@ -67,15 +66,15 @@ SOAP = {
 }
 
 
-def factors_in(packed, sides):
+def factors_in(entry, sides):
     """What the state keeps for each tensor: {side: (average, basis)}."""
-    found, first = [], 0
+    packed, found, first = torch.stack([entry["factors"], entry["eigenbasis"]]), [], 0
     for own in sides:
         found.append({})
         for side, length in own:
-            found[-1][side] = packed[first : first + 2 * length * length].view(2, length, length)
-            first += 2 * length * length
-    assert first == len(packed)
+            found[-1][side] = packed[:, first : first + length * length].view(2, length, length)
+            first += length * length
+    assert packed.shape == (2, first)
     return found
 
 
@@ -94,7 +93,8 @@ def dense_basis(shapes, factors):
 
 
 def dense_adam(entry, beta2=0.999):
-    return 1 / ((entry["base_exp_avg_sq"] / (1 - beta2 ** int(entry["steps"]))).sqrt() + 1e-8)
+    (steps,) = entry["step"].unique().tolist()
+    return 1 / ((entry["exp_avg_sq"] / (1 - beta2**steps)).sqrt() + 1e-8)
 
 
 class DenseSoap:
@@ -157,7 +157,7 @@ def test_an_identity_over_soap_is_soap(case, zeros):
             for p in params:
                 p.grad.zero_()
         optimizer.step()
-        factors = factors_in(entry_of(optimizer)["base_factors"], sides)
+        factors = factors_in(state_of(optimizer), sides)
         expected.step(g, 0.05, t, factors)
         basis = dense_basis(shapes, factors)
         if t > 1:  # the signs too: what a network has learned of a coordinate must go on meaning the same
@@ -180,7 +180,7 @@ def test_an_identity_over_soap_is_soap(case, zeros):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
     params, optimizer = trained(kind, base=base, scale_lr=scale_lr, meta_lr=0.02)
-    operator, entry, n = optimizer.preconditioners[0], entry_of(optimizer), sum(p.numel() for p in params)
+    operator, entry, n = optimizer.preconditioners[0], state_of(optimizer), sum(p.numel() for p in params)
     if base is None and not scale_lr:
         assert isinstance(operator, lodo.preconditioners.BY_NAME[kind])
         return
@@ -190,7 +190,7 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
     d = torch.ones(n, dtype=torch.float64) if base is None else dense_adam(entry)
     q = torch.eye(n, dtype=torch.float64)
     if base == "soap":
-        q = dense_basis(SHAPES, factors_in(entry["base_factors"], [FULL, [], [], [(0, 2)], [], []]))
+        q = dense_basis(SHAPES, factors_in(entry, [FULL, [], [], [(0, 2)], [], []]))
     t = d.sqrt().diag() @ q.T @ (s / 2).exp().diag()
     expected, found = t.T @ operator.network.to_dense() @ t, operator.to_dense()
     size = float(expected.abs().max())
@@ -209,12 +209,12 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
 def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
     """In these T is diagonal; `matvec` takes a vector there and back. A diagonal network or none is no special case."""
     params, optimizer = trained(kind, base=base, scale_lr=scale_lr, meta_lr=0.02)
-    operator, entry, n = optimizer.preconditioners[0], entry_of(optimizer), sum(p.numel() for p in params)
+    operator, entry, n = optimizer.preconditioners[0], state_of(optimizer), sum(p.numel() for p in params)
     network, root, q = getattr(operator, "network", operator), scales(params, optimizer).sqrt(), torch.eye(n).double()
     if base is not None:
         root = root * dense_adam(entry).sqrt()
     if base == "soap":
-        q = dense_basis(SHAPES, factors_in(entry["base_factors"], [FULL, [], [], [(0, 2)], [], []]))
+        q = dense_basis(SHAPES, factors_in(entry, [FULL, [], [], [(0, 2)], [], []]))
         assert (q - torch.eye(n)).abs().max() > 0.1
     v = torch.randn(n, dtype=torch.float64)
     kept = v.clone()
@@ -231,30 +231,31 @@ def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
     assert torch.equal(v, kept)
 
 
-@pytest.mark.parametrize("decays", [None, (0.0, 0.9, 0.99)])
+@pytest.mark.parametrize("momentum_decays", [None, (0.0, 0.9, 0.99)])
 @pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
-def test_what_is_kept_is_turned_with_the_basis(kind, decays, kernel):
+def test_what_is_kept_is_turned_with_the_basis(kind, momentum_decays, kernel):
     """Turned back it is what plain averages of the gradients are, through four changes of the basis."""
-    params, optimizer = built(kind, base="soap", trace=0.7, decays=decays, mix_lr=0.02, scale_lr=0.01, meta_lr=0.02)
+    options = {"trace_decay": 0.7, "mix_lr": 0.02, "scale_lr": 0.01, "meta_lr": 0.02}
+    params, optimizer = built(kind, base="soap", momentum_decays=momentum_decays, **options)
     n, lengths = sum(p.numel() for p in params), [p.numel() for p in params]
-    each = torch.tensor(decays or (0.9,), dtype=torch.float64)[:, None]
+    each = torch.tensor(momentum_decays or (0.9,), dtype=torch.float64)[:, None]
     momenta, e, bases = torch.zeros(len(each), n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), []
     for t in range(1, 36):
         gradient = backward(params)
         optimizer.step()
-        entry = entry_of(optimizer)
+        entry = state_of(optimizer)
         momenta = each * momenta + (1 - each) * gradient
         m = momenta[0]
-        if decays:
+        if momentum_decays:
             w = entry["mixture"][0].softmax(0).repeat_interleave(torch.tensor(lengths), dim=1)
             m = (w * momenta / (1 - each**t)).sum(0)
             torch.testing.assert_close(rotated_back(optimizer, entry["momenta"]), momenta, rtol=0, atol=1e-12)
         e = 0.7 * e + m
         momentum = flat(optimizer.state[p]["momentum"] for p in params)
         torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=0, atol=1e-12)
-        torch.testing.assert_close(rotated_back(optimizer, entry["trace"]), e, rtol=0, atol=1e-12)
-        if not bases or not torch.equal(bases[-1], entry["base_factors"][9:18]):  # of the first tensor's rows
-            bases.append(entry["base_factors"][9:18].clone())
+        torch.testing.assert_close(rotated_back(optimizer, entry["momentum_trace"]), e, rtol=0, atol=1e-12)
+        if not bases or not torch.equal(bases[-1], entry["eigenbasis"][:9]):  # of the first tensor's rows
+            bases.append(entry["eigenbasis"][:9])
     assert len(bases) == 4
     assert min(float((old - new).abs().max()) for old, new in zip(bases[1:], bases, strict=False)) > 1e-3
 
@@ -262,14 +263,21 @@ def test_what_is_kept_is_turned_with_the_basis(kind, decays, kernel):
 # ---- what the network learns ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trace", [0.0, 0.7])
+def whitening(params, optimizer):
+    """T, as a matrix; the rotation is one, see above."""
+    operator, entry = optimizer.preconditioners[0], state_of(optimizer)
+    squares = scales(params, optimizer) * (dense_adam(entry) if "exp_avg_sq" in entry else 1)
+    return squares.sqrt().diag() @ dense_of(operator.rotate, operator.size)
+
+
+@pytest.mark.parametrize("trace_decay", [0.0, 0.7])
 @pytest.mark.parametrize("scale_lr", [0.0, 0.05])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "identity"])
-def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, trace, kernel):
+def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, trace_decay, kernel):
     """That of the loss with theta free in the steps that led here, those before the last counted by their age, and what
     they did to a tensor divided by its scale."""
-    settings = {"trace": trace, "base": base, "scale_lr": scale_lr, "beta": 0.6, "meta_optimizer": "sgd"}
+    settings = {"trace_decay": trace_decay, "base": base, "scale_lr": scale_lr, "beta": 0.6, "meta_optimizer": "sgd"}
     params, optimizer = built(kind, meta_lr=0.02, **{**settings, "lr": 0.0})
     m = e = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
     for _ in range(WARM):  # until there have been gradients along all coordinates, which SOAP's first bases make zero
@@ -277,12 +285,12 @@ def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, tr
             p.grad = torch.randn_like(p)
         optimizer.step()
         m = 0.6 * m + 0.4 * flat(p.grad for p in params)
-        e = trace * e + m
+        e = trace_decay * e + m
     optimizer.param_groups[0]["lr"] = 0.05
     for t in range(WARM, WARM + 8):
         g = optimizer.preconditioners[0]
         network = getattr(g, "network", g)
-        coordinates = dense_of(g.whiten, g.size) if g is not network else torch.eye(g.size, dtype=torch.float64)
+        coordinates = whitening(params, optimizer)
         theta = learned(network).requires_grad_()
         lr = 0.0 if t == WARM else 0.05 if base is None else 0.05 / (1 - 0.6**t)
         step = lr * coordinates.T @ matvec(network, theta, coordinates @ e)
@@ -292,21 +300,23 @@ def test_the_network_learns_by_the_gradient_of_autograd(kind, base, scale_lr, tr
         error = torch.linalg.vector_norm(learned(network) - (theta - 0.02 * theta.grad).detach())
         assert error <= 1e-9 * 0.02 * torch.linalg.vector_norm(theta.grad)
         m = 0.6 * m + 0.4 * gradient
-        e = trace * e + m
-    if trace:
-        torch.testing.assert_close(rotated_back(optimizer, entry_of(optimizer)["trace"]), e, rtol=1e-12, atol=1e-13)
+        e = trace_decay * e + m
+    if trace_decay:
+        torch.testing.assert_close(
+            rotated_back(optimizer, state_of(optimizer)["momentum_trace"]), e, rtol=1e-12, atol=1e-13
+        )
     momentum = flat(optimizer.state[p]["momentum"] for p in params)
     torch.testing.assert_close(rotated_back(optimizer, momentum), m, rtol=1e-12, atol=1e-13)
 
 
 def test_without_a_trace_the_state_has_none_and_one_that_is_switched_off_is_the_paper():
     params, optimizer = trained("block_permutation")
-    others, other = trained("block_permutation", trace=0.9, steps=0)
-    other.param_groups[0]["trace"] = 0.0
+    others, other = trained("block_permutation", trace_decay=0.9, steps=0)
+    other.param_groups[0]["trace_decay"] = 0.0
     for _ in range(12):
         backward(others)
         other.step()
-    assert "trace" not in entry_of(optimizer)
+    assert "momentum_trace" not in state_of(optimizer)
     assert torch.equal(flat(params), flat(others))
 
 
@@ -323,8 +333,9 @@ def with_scales(params, optimizer, log_scales):
     optimizer.step()
     optimizer.param_groups[0]["lr"] = lr
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][0]["scale"][0] = log_scales
-    saved["state"][0]["scale_levels"][0] = lr  # for a rise of lr takes back what scales have made up for
+    for place, log_scale in enumerate(log_scales):
+        saved["state"][place]["scale"][0] = log_scale
+        saved["state"][place]["scheduled_lr"].fill_(lr)  # for a rise of lr takes back what scales have made up for
     optimizer.load_state_dict(saved)
 
 
@@ -333,12 +344,12 @@ def observed(before, table):
     return (table[1] - 0.9 * before[1]) / (1 - 0.9)
 
 
-@pytest.mark.parametrize("scale_trace", [0.0, 0.8, 1 - 1e-15])
+@pytest.mark.parametrize("scale_trace_decay", [0.0, 0.8, 1 - 1e-15])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", ["identity", "log_diagonal"])
-def test_the_hypergradient_of_a_scale_is_that_of_autograd(kind, base, scale_trace):
+def test_the_hypergradient_of_a_scale_is_that_of_autograd(kind, base, scale_trace_decay):
     """Of the loss where the steps have led that all used exp(s_j), each counted by its age."""
-    options = {"base": base, "scale_lr": 1e-300, "scale_trace": scale_trace, "meta_lr": 0.02}
+    options = {"base": base, "scale_lr": 1e-300, "scale_trace_decay": scale_trace_decay, "meta_lr": 0.02}
     params, optimizer = built(kind, TENSORS, **options)
     lengths = torch.tensor([p.numel() for p in params])
     s = torch.tensor([0.3, -0.5, 0.1, -0.2], dtype=torch.float64)
@@ -349,11 +360,11 @@ def test_the_hypergradient_of_a_scale_is_that_of_autograd(kind, base, scale_trac
         factor = torch.exp(free - s).repeat_interleave(lengths)
         x = flat(params)
         for age, step in enumerate(reversed(steps)):
-            x = x - scale_trace**age * (factor - 1) * step
+            x = x - scale_trace_decay**age * (factor - 1) * step
         g = backward(params)
-        before = flat(params), entry_of(optimizer)["scale"].clone()
+        before = flat(params), state_of(optimizer)["scale"].clone()
         optimizer.step()
-        h = observed(before[1], entry_of(optimizer)["scale"])
+        h = observed(before[1], state_of(optimizer)["scale"])
         if steps:
             loss_of(x).backward()
             torch.testing.assert_close(h, free.grad, rtol=1e-9, atol=1e-12)
@@ -361,24 +372,24 @@ def test_the_hypergradient_of_a_scale_is_that_of_autograd(kind, base, scale_trac
         else:
             assert not h.any()
         steps.append(before[0] - flat(params))
-        assert torch.equal(entry_of(optimizer)["scale"][0], s)
+        assert torch.equal(state_of(optimizer)["scale"][0], s)
         assert len(g) == sum(lengths)
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_the_scales_of_a_network_that_mixes_tensors_have_the_right_sum(base):
     """The sum of the hypergradients is the derivative with respect to the lr, here of one step."""
-    params, optimizer = built("block_permutation", TENSORS, base=base, scale_lr=1e-300, scale_trace=0.0)
+    params, optimizer = built("block_permutation", TENSORS, base=base, scale_lr=1e-300, scale_trace_decay=0.0)
     lengths = torch.tensor([p.numel() for p in params])
     table, expected = torch.zeros(3, len(TENSORS), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for t in range(1, 8):
         start = flat(params)
         backward(params)
         optimizer.step()
-        h = observed(table, entry_of(optimizer)["scale"])
+        h = observed(table, state_of(optimizer)["scale"])
         torch.testing.assert_close(h.sum(), expected, rtol=1e-6, atol=1e-12)
         assert bool(h.any()) == (t > 1)
-        table = entry_of(optimizer)["scale"].clone()
+        table = state_of(optimizer)["scale"].clone()
         s = torch.zeros(len(TENSORS), dtype=torch.float64, requires_grad=True)
         root = torch.exp(s / 2).repeat_interleave(lengths)
         m = rotated_back(optimizer, flat(optimizer.state[p]["momentum"] for p in params))
@@ -395,7 +406,7 @@ def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
     s = torch.zeros(4, dtype=torch.float64)
     m, v = s.clone(), s.clone()
     for t in range(1, 60):
-        moves = entry_of(optimizer)["moves"].clone() if t > 1 else torch.zeros(24, dtype=torch.float64)
+        moves = state_of(optimizer)["step_trace"].clone() if t > 1 else torch.zeros(24, dtype=torch.float64)
         g = backward(params)
         optimizer.step()
         parts = zip(g.split([p.numel() for p in params]), moves.split([p.numel() for p in params]), strict=True)
@@ -403,7 +414,7 @@ def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
         m, v = 0.9 * m + 0.1 * h, 0.995 * v + 0.005 * h**2
         if t > 1:
             s = s - min(0.2, 5 / t) * (m / (1 - 0.9**t)) / (v / (1 - 0.995**t)).sqrt()
-        torch.testing.assert_close(entry_of(optimizer)["scale"][0], s, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(state_of(optimizer)["scale"][0], s, rtol=1e-9, atol=1e-12)
     assert s.abs().max() > 0.5
 
 
@@ -411,7 +422,7 @@ def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
 @pytest.mark.parametrize("base", BASES)
 def test_the_trace_of_the_moves_is_what_was_subtracted(base, options):
     """Shortened steps count as short, parameters without a gradient have not moved. Weight decay is of the scales."""
-    settings = {"base": base, "scale_lr": 0.01, "scale_trace": 0.9, "weight_decay": 0.1, **options}
+    settings = {"base": base, "scale_lr": 0.01, "scale_trace_decay": 0.9, "weight_decay": 0.1, **options}
     params, optimizer = built("block_permutation", TENSORS, **settings)
     expected = torch.zeros(24, dtype=torch.float64)
     for step in range(10):
@@ -430,13 +441,13 @@ def test_the_trace_of_the_moves_is_what_was_subtracted(base, options):
             own = torch.linalg.vector_norm(made_step - decay)
             assert own <= 1e-3 * torch.linalg.vector_norm(before) * (1 + 1e-9)
         expected = 0.9 * expected + made_step
-        torch.testing.assert_close(entry_of(optimizer)["moves"], expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(state_of(optimizer)["step_trace"], expected, rtol=0, atol=1e-13)
     assert expected.split([12, 5, 1, 6])[3].any()
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_maximize_is_the_descent_of_the_negated_loss(base):
-    settings = {"base": base, "scale_lr": 0.01, "trace": 0.9}
+    settings = {"base": base, "scale_lr": 0.01, "trace_decay": 0.9}
     results = []
     for maximize in (False, True):
         params, optimizer = built("log_diagonal", TENSORS, maximize=maximize, **settings)
@@ -445,6 +456,6 @@ def test_maximize_is_the_descent_of_the_negated_loss(base):
             for p in params:
                 p.grad.mul_(-1 if maximize else 1)
             optimizer.step()
-        results.append((flat(params), entry_of(optimizer)["scale"]))
+        results.append((flat(params), state_of(optimizer)["scale"]))
     for descended, ascended in zip(*results, strict=True):
         assert torch.equal(descended, ascended)

@@ -9,29 +9,27 @@ from torch import nn
 
 import lodo
 from lodo import scalars
-from lodo.options import ADDED
-from lodo.state import EXTRA_KEYS, FLAGS, TABLES
 from tests.helpers.oracle import KINDS, fresh
-from tests.helpers.parts import SHAPES, backward, built, entry_of, flat, loss_of, made, trained
+from tests.helpers.parts import ELEMENTS, PACKED, SHAPES, backward, built, flat, loss_of, made, state_of, trained
 from tests.helpers.states import assert_same, assert_same_snapshot, snapshot, through_file
 
 PARTS = {
-    "trace": {"trace": 0.9},
+    "trace": {"trace_decay": 0.9},
     "adam": {"base": "adam"},
     "soap": {"base": "soap"},
     "scale": {"scale_lr": 0.05},
-    "mixture": {"decays": (0.0, 0.9)},
-    "all with adam": {"base": "adam", "scale_lr": 0.05, "trace": 0.9, "decays": (0.0, 0.9)},
+    "mixture": {"momentum_decays": (0.0, 0.9)},
+    "all with adam": {"base": "adam", "scale_lr": 0.05, "trace_decay": 0.9, "momentum_decays": (0.0, 0.9)},
     "all with soap": {
         "base": "soap",
         "scale_lr": 0.05,
-        "trace": 0.9,
+        "trace_decay": 0.9,
         "max_step_norm": 0.1,
         "weight_decay": 0.1,
-        "decays": [0.9, 0.0],
+        "momentum_decays": [0.9, 0.0],
     },
 }
-ALL = {"base": "soap", "scale_lr": 0.05, "trace": 0.9, "decays": (0.0, 0.9)}
+ALL = {"base": "soap", "scale_lr": 0.05, "trace_decay": 0.9, "momentum_decays": (0.0, 0.9)}
 each_part = pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
 
 
@@ -69,7 +67,7 @@ def test_a_bad_gradient_changes_no_part(kind, options):
     expected_params, expected = trained_with_bad_gradients((), kind, options)
     params, optimizer = trained_with_bad_gradients((2, 3, 7, 12), kind, options)
     assert torch.equal(flat(params), flat(expected_params))
-    assert_same({**entry_of(optimizer), "skipped": 0}, {**entry_of(expected), "skipped": 0})
+    assert_same({**state_of(optimizer), "skipped_steps": 0}, {**state_of(expected), "skipped_steps": 0})
 
 
 @each_part
@@ -85,9 +83,10 @@ def test_a_bad_gradient_changes_no_part_with_scalars_on_a_device(kind, options, 
         flat(params), flat(expected_params), rtol=0, atol=1e-7 if "soap" in str(options) else 1e-12
     )
     if "scale_lr" in options:
-        scales = (entry_of(each)["scale"] for each in (optimizer, expected))
+        scales = (state_of(each)["scale"] for each in (optimizer, expected))
         torch.testing.assert_close(*scales, rtol=1e-6 if "soap" in str(options) else 1e-10, atol=1e-12)
-    assert entry_of(optimizer).keys() == entry_of(expected).keys()
+    for p, q in zip(params, expected_params, strict=True):
+        assert optimizer.state[p].keys() == expected.state[q].keys()
 
 
 def test_a_call_with_lr_zero_and_zero_gradients_makes_every_part_and_changes_nothing(on_a_device):
@@ -96,9 +95,10 @@ def test_a_call_with_lr_zero_and_zero_gradients_makes_every_part_and_changes_not
         for p in params:
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        assert {"trace", "base_exp_avg_sq", "base_factors", "scale", "moves"} <= entry_of(optimizer).keys()
-        assert int(entry_of(optimizer)["steps"]) == 0
-        assert not any(entry_of(optimizer)[name].any() for name in ("trace", "base_exp_avg_sq", "scale", "moves"))
+        zeros = ("step", "momentum_trace", "exp_avg_sq", "scale", "step_trace", "momenta")
+        for p in params:
+            assert {"factors", *zeros} <= optimizer.state[p].keys()
+            assert not any(optimizer.state[p][name].any() for name in zeros)
     assert torch.equal(flat(params), flat(made(SHAPES)))
 
 
@@ -112,7 +112,7 @@ def test_large_gradients_do_not_break_the_scales(dtype):
         x.grad = torch.full_like(x, size)
         optimizer.step()
     assert optimizer.skipped_steps == 0
-    assert entry_of(optimizer)["scale"].isfinite().all()
+    assert state_of(optimizer)["scale"].isfinite().all()
     lodo.LODO([x], preconditioner="identity").load_state_dict(optimizer.state_dict())
 
 
@@ -122,8 +122,8 @@ def test_large_gradients_do_not_break_the_scales(dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trace": 1.0}, "trace must be a number >= 0 and < 1, got 1.0"),
-        ({"scale_trace": -0.1}, "scale_trace must be a number >= 0 and < 1, got -0.1"),
+        ({"trace_decay": 1.0}, "trace_decay must be a number >= 0 and < 1, got 1.0"),
+        ({"scale_trace_decay": -0.1}, "scale_trace_decay must be a number >= 0 and < 1, got -0.1"),
         ({"scale_lr": float("inf")}, "scale_lr must be a number >= 0 and finite, got inf"),
         ({"scale_lr": None}, "scale_lr must be a number"),
         ({"base": "newton"}, "base must be one of None, 'adam', 'soap', got 'newton'"),
@@ -138,12 +138,11 @@ def test_bad_options_are_refused_by_name_and_nothing_changes(change, message):
     before = copy.deepcopy(flat(params)), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": made(((2,),)), **change})
-    if change.get("base") != "newton":  # whose change between steps nobody looks for
-        optimizer.param_groups[0].update(change)
-        backward(params)
-        with pytest.raises(ValueError, match=message):
-            optimizer.step()
-        optimizer.param_groups[0].update({name: before[1]["param_groups"][0][name] for name in change})
+    optimizer.param_groups[0].update(change)
+    backward(params)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    optimizer.param_groups[0].update({name: before[1]["param_groups"][0][name] for name in change})
     saved = copy.deepcopy(before[1])
     saved["param_groups"][0].update(change)
     with pytest.raises(ValueError, match=message):
@@ -180,7 +179,7 @@ def test_a_group_may_start_with_a_learned_network_and_freeze_it(kind, options):
 def test_every_network_over_a_base_trains(kind):
     """float32, with the rates that are on by default."""
     params = made(SHAPES, dtype=torch.float32)
-    optimizer = lodo.LODO(params, lr=0.01, preconditioner=kind, base="adam", scale_lr=0.01, trace=0.9)
+    optimizer = lodo.LODO(params, lr=0.01, preconditioner=kind, base="adam", scale_lr=0.01, trace_decay=0.9)
     begin = float(loss_of(flat(params)))
     for _ in range(30):
         backward(params)
@@ -218,8 +217,8 @@ def test_the_gains_of_a_log_diagonal_are_bounded_by_max_condition():
 def test_groups_with_other_parts_are_separate_optimizers():
     settings = [
         {"preconditioner": "log_diagonal", "base": "adam", "lr": 0.02, "beta": 0.8},
-        {"preconditioner": "block_permutation", "base": "soap", "trace": 0.8, "depth": 2, "lr": 0.01},
-        {"preconditioner": "identity", "scale_lr": 0.1, "scale_trace": 0.5, "lr": 0.1},
+        {"preconditioner": "block_permutation", "base": "soap", "trace_decay": 0.8, "depth": 2, "lr": 0.01},
+        {"preconditioner": "identity", "scale_lr": 0.1, "scale_trace_decay": 0.5, "lr": 0.1},
     ]
     shapes = [((3, 4), (2,)), ((4, 4),), ((5,), (2, 2))]
     together, apart = ([made(own, seed) for seed, own in enumerate(shapes)] for _ in range(2))
@@ -232,14 +231,15 @@ def test_groups_with_other_parts_are_separate_optimizers():
             optimizer.step()
     for own, other, optimizer in zip(together, apart, several, strict=True):
         assert torch.equal(flat(own), flat(other))
-        assert_same(one.state[own[0]], optimizer.state[other[0]])
+        for p, q in zip(own, other, strict=True):
+            assert_same(one.state[p], optimizer.state[q])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("base", ["adam", "soap"])
 def test_parts_of_low_precision_parameters_are_float32(base, dtype):
     params = made(SHAPES, dtype=dtype)
-    optimizer = lodo.LODO(params, lr=0.02, trace=0.5, base=base, scale_lr=0.02, preconditioner="log_diagonal")
+    optimizer = lodo.LODO(params, lr=0.02, trace_decay=0.5, base=base, scale_lr=0.02, preconditioner="log_diagonal")
     twins = [nn.Parameter(p.detach().float()) for p in params]
     twin = lodo.LODO(twins, **optimizer.defaults)
     for _ in range(3):
@@ -247,12 +247,12 @@ def test_parts_of_low_precision_parameters_are_float32(base, dtype):
         for p, q in zip(params, twins, strict=True):
             q.grad = p.grad.float()
         optimizer.step(), twin.step()
-    entry = entry_of(optimizer)
-    names = ("trace", "base_exp_avg_sq", *(["base_factors"] if base == "soap" else []))
-    assert {entry[name].dtype for name in names} == {torch.float32}
-    assert {params[0].dtype, entry["scale"].dtype} == {dtype, torch.float64}
+    names = ("momentum_trace", "exp_avg_sq", *(["factors", "eigenbasis"] if base == "soap" else []))
+    for p in params:
+        assert {optimizer.state[p][name].dtype for name in names} == {torch.float32}
+        assert {p.dtype, optimizer.state[p]["scale"].dtype} == {dtype, torch.float64}
     for name in names:  # they depend on gradients alone
-        assert torch.equal(entry[name], entry_of(twin)[name])
+        assert torch.equal(state_of(optimizer)[name], state_of(twin)[name])
     # Where a rotated gradient is no more than the rounding of bfloat16 there is no step; the twin, of float32, has one.
     atol = 0.05 if base == "soap" and dtype == torch.bfloat16 else 0.02
     torch.testing.assert_close(flat(params).float(), flat(twins), rtol=0.02, atol=atol)
@@ -287,7 +287,7 @@ def test_memory_of_the_parts_may_be_exchanged(exchange, options):
                 if isinstance(value, torch.Tensor) and exchange == "share_memory":
                     value.share_memory_()
                 elif exchange == "data":  # not that of the momentum, whose exchange alone would be noticed
-                    if name in ("momentum", "format"):
+                    if name == "momentum":
                         continue
                     former, value.data = value.data, value.data.clone()
                     former.fill_(7)
@@ -302,28 +302,53 @@ def test_memory_of_the_parts_may_be_exchanged(exchange, options):
 
 @pytest.mark.parametrize("base", ["adam", "soap"])
 def test_moving_to_another_dtype_takes_the_parts_along(base):
-    params, optimizer = trained("log_diagonal", base=base, scale_lr=0.05, trace=0.9)
-    before = copy.deepcopy(entry_of(optimizer))
+    params, optimizer = trained("log_diagonal", base=base, scale_lr=0.05, trace_decay=0.9)
+    before = state_of(optimizer)
     for p in params:
         p.data, p.grad = p.data.float(), None
     operator = optimizer.preconditioners[0]
-    names = before.keys() - {"format", "momentum", "meta_step", "last_lr", "steps", "skipped"}
-    for name in names:
-        same = name in (*TABLES, *FLAGS)  # tables are float64 for all
-        assert torch.equal(entry_of(optimizer)[name], before[name] if same else before[name].float()), name
+    after, of_computed_dtype = state_of(optimizer), {*ELEMENTS, *PACKED, "theta", "theta_exp_avg", "theta_exp_avg_sq"}
+    assert after.keys() == before.keys() > {"scale", "scale_peak", "unit", "step", "exp_avg_sq", "step_trace"}
+    for name, value in before.items():  # tables are float64 for all
+        is_cast = name in of_computed_dtype and value.is_floating_point()
+        assert_same(after[name], value.float() if is_cast else value, name)
     assert operator.to_dense().dtype == torch.float32
     backward(params)
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", EXTRA_KEYS)
-def test_state_of_a_wrong_shape_is_refused_before_a_kernel_reads_beyond_its_end(name):
+NAMES = (
+    *("step", "skipped_steps", "last_lr", "momentum", "momentum_trace", "theta", "theta_exp_avg", "theta_exp_avg_sq"),
+    *(
+        "meta_step",
+        "exp_avg_sq",
+        "unit",
+        "factors",
+        "eigenbasis",
+        "seen",
+        "scale",
+        "scale_peak",
+        "step_trace",
+        "momenta",
+        "mixture",
+    ),
+    *("written", "scheduled_lr", "reset_at"),
+)
+
+
+def test_all_that_is_kept_is_tested_below():
+    assert {name for entry in trained("log_diagonal", **ALL)[1].state.values() for name in entry} == {*NAMES, "shards"}
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_of_a_wrong_shape_is_refused_before_a_kernel_reads_beyond_its_end(name, place):
     params, optimizer = trained("log_diagonal", **ALL)
-    entry = entry_of(optimizer)
+    entry = optimizer.state[params[place]]
     entry[name] = entry[name][..., :-1].clone() if entry[name].dim() else entry[name].reshape(1)
     before = flat(params)
     backward(params)
-    with pytest.raises(RuntimeError, match=f"{name} in the state of a param group has shape"):
+    with pytest.raises(RuntimeError, match=f"{name} in the state of parameter {place} of a param group has shape"):
         optimizer.step()
     assert torch.equal(flat(params), before)
 
@@ -332,13 +357,14 @@ def test_state_of_a_wrong_shape_is_refused_before_a_kernel_reads_beyond_its_end(
 
 
 @each_part
-def test_a_resumed_run_is_the_uninterrupted_one(options):
+@pytest.mark.parametrize("kind", ["block_permutation", "log_diagonal"])
+def test_a_resumed_run_is_the_uninterrupted_one(kind, options):
     """Saved at any step, before the first one too; what is saved is not written again."""
     for steps in (0, 1, 9, 10):
-        params, optimizer = trained("block_permutation", steps=steps, **options)
+        params, optimizer = trained(kind, steps=steps, **options)
         saved = through_file(optimizer.state_dict())
         kept = copy.deepcopy(saved)
-        others, other = built("block_permutation", **options)
+        others, other = built(kind, **options)
         for p, q in zip(params, others, strict=True):
             q.data.copy_(p.data)
         other.load_state_dict(saved)
@@ -352,17 +378,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(options):
 
 
 def damaged(name, value):
-    def damage(saved):
-        entry = saved["state"][0]
+    def damage(saved, place):
+        entry = saved["state"][place]
         entry[name] = value(entry[name].clone())
 
     return damage
 
 
 def removed(*names):
-    def damage(saved):
+    def damage(saved, place):
         for name in names:
-            del saved["state"][0][name]
+            del saved["state"][place][name]
 
     return damage
 
@@ -375,45 +401,79 @@ def with_number(index, number):
     return change
 
 
-TENSORS = ("trace", "base_exp_avg_sq", "base_factors", "scale", "moves", "momenta", "mixture")
+COUNTS = ("step", "skipped_steps", "reset_at")
+NUMBERS = (
+    *(
+        "momentum_trace",
+        "exp_avg_sq",
+        "unit",
+        "factors",
+        "eigenbasis",
+        "scale",
+        "scale_peak",
+        "step_trace",
+        "momenta",
+        "mixture",
+    ),
+    *("written", "scheduled_lr"),
+)
+TENSORS = (*COUNTS, "seen", *NUMBERS)
+PLACES = (0, 3)  # those of SHAPES that have factors
 DAMAGES = [
-    *((f"no {name}", removed(name), f"{name} missing in the saved state") for name in TENSORS),
-    ("no parts", removed(*TENSORS), ", ".join(TENSORS) + " missing"),
-    *((f"longer {name}", damaged(name, lambda t: torch.cat([t, t])), f"{name} has shape") for name in TENSORS),
-    *((f"NaN in {name}", damaged(name, with_number(-1, float("nan"))), f"{name} holds NaN") for name in TENSORS),
+    *((f"no {name}", removed(name), f"an incomplete one: {name} missing") for name in TENSORS),
+    ("no parts", removed(*NUMBERS), "an incomplete one: .* missing"),
+    *((f"longer {name}", damaged(name, lambda t: torch.stack([t, t])), f"{name} has shape") for name in TENSORS),
+    *((f"NaN in {name}", damaged(name, with_number(-1, float("nan"))), f"{name} holds NaN") for name in NUMBERS),
     *(
         (f"infinite {name}", damaged(name, with_number(0, float("inf"))), f"{name} holds NaN or inf")
-        for name in TENSORS
+        for name in NUMBERS
     ),
     *((f"half {name}", damaged(name, torch.Tensor.half), f"{name} has dtype torch.float16") for name in TENSORS),
     *((f"sparse {name}", damaged(name, torch.Tensor.to_sparse), f"{name} has layout") for name in TENSORS),
     *((f"text for {name}", damaged(name, str), f"{name} must be a tensor") for name in TENSORS),
-    ("negative v", damaged("base_exp_avg_sq", with_number(3, -1.0)), "base_exp_avg_sq must hold numbers >= 0"),
+    *(
+        (f"negative {name}", damaged(name, with_number(-1, -1.0)), f"{name} must hold numbers >= 0")
+        for name in ("exp_avg_sq", "unit", "scale_peak", "scheduled_lr")
+    ),
+    *(
+        (f"negative {name}", damaged(name, with_number(0, -1)), f"{name} must hold whole numbers >= 0")
+        for name in COUNTS
+    ),
+    (
+        "nothing that is seen",
+        damaged("seen", with_number(0, 4)),
+        "seen must hold .* >= 0 and <= 3 .* got 4",
+    ),
     *(
         (
             f"negative moment in {name}",
             damaged(name, with_number(-1, -1.0)),
-            f"second moments in {name} must hold numbers",
+            f"{name}, its second moments must hold numbers >= 0",
         )
         for name in ("scale", "mixture")
     ),
-    ("another base", lambda saved: saved["param_groups"][0].update(base="adam"), "of base 'adam', this .* is 'soap'"),
+    (
+        "another base",
+        lambda saved, _: saved["param_groups"][0].update(base="adam"),
+        "of base 'adam', this .* is 'soap'",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])
 def test_a_damaged_state_is_refused_and_nothing_changes(damage, message):
     params, optimizer = trained("log_diagonal", **ALL)
-    saved = copy.deepcopy(optimizer.state_dict())
-    before = copy.deepcopy(saved)
-    damage(saved)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(saved)
-    assert_same(optimizer.state_dict(), before)
+    before = copy.deepcopy(optimizer.state_dict())
     others, other = built("log_diagonal", **ALL)
-    with pytest.raises(ValueError, match=message):
-        other.load_state_dict(saved)
-    assert not other.state
+    for place in PLACES:
+        saved = copy.deepcopy(before)
+        damage(saved, place)
+        where = "param group 0: " if "of base" in message else f"param group 0, parameter {place}: .*"
+        for one in (optimizer, other):
+            with pytest.raises(ValueError, match=f"^{where}.*{message}"):
+                one.load_state_dict(saved)
+        assert_same(optimizer.state_dict(), before)
+        assert not other.state
     assert len(others) == len(params)
 
 
@@ -429,23 +489,23 @@ def test_a_state_of_another_base_is_refused_and_none_is_one():
                     optimizer.load_state_dict(saved)
 
 
-def without_new_options(groups):
-    for group in groups:
-        for name in ADDED.keys() & group.keys():
-            del group[name]
+SWITCHED_ON = (
+    {"trace_decay": 0.9},
+    {"scale_lr": 0.05},
+    {"trace_decay": 0.9, "scale_lr": 0.05},
+    {"meta_lr": 0.02},
+)
+switched_on = pytest.mark.parametrize("options", SWITCHED_ON, ids=str)
 
 
-@pytest.mark.parametrize("options", [{}, {"trace": 0.9, "scale_lr": 0.05}], ids=str)
-def test_a_state_from_before_there_were_parts_goes_on(options):
-    """With parts that are asked for now, which start with the load."""
-    params, optimizer = trained("block_permutation", steps=5)
-    saved = copy.deepcopy(optimizer.state_dict())
-    without_new_options(saved["param_groups"])
-    others, other = built("block_permutation", **options)
+@switched_on
+def test_parts_that_are_switched_on_after_a_load_start_then(options):
+    params, optimizer = trained("block_permutation", steps=5, meta_lr=0.0)
+    others, other = built("block_permutation", meta_lr=0.0)
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
-    other.load_state_dict(through_file(saved))
-    optimizer.param_groups[0].update(options)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    optimizer.param_groups[0].update(options), other.param_groups[0].update(options)
     again = built("block_permutation", **options)[1]
     again.load_state_dict(copy.deepcopy(other.state_dict()))  # it can be saved again at once
     for _ in range(5):
@@ -454,29 +514,17 @@ def test_a_state_from_before_there_were_parts_goes_on(options):
             one.step()
     assert torch.equal(flat(params), flat(others))
     assert_same(other.state_dict(), optimizer.state_dict())
-    assert ("moves" in entry_of(other)) == bool(options)
+    for p in others:
+        assert ("step_trace" in other.state[p]) == ("scale_lr" in options)
+        assert ("momentum_trace" in other.state[p]) == ("trace_decay" in options)
 
 
-def test_an_optimizer_that_was_pickled_before_there_were_parts_goes_on():
-    params, optimizer = trained("block_permutation", steps=5)
-    old = copy.deepcopy(optimizer.__getstate__())
-    without_new_options([old["defaults"], *old["param_groups"]])
-    resumed = lodo.LODO.__new__(lodo.LODO)
-    resumed.__setstate__(old)
-    others = resumed.param_groups[0]["params"]
-    for _ in range(3):
-        for each, one in ((params, optimizer), (others, resumed)):
-            backward(each)
-            one.step()
-    assert torch.equal(flat(params), flat(others))
-    assert_same(entry_of(resumed), entry_of(optimizer))
-
-
-@pytest.mark.parametrize("options", [{"trace": 0.9}, {"scale_lr": 0.05}, {"trace": 0.9, "scale_lr": 0.05}], ids=str)
-def test_parts_that_are_switched_on_are_saved_before_their_first_step(options):
-    params, optimizer = trained("block_permutation", base="adam", steps=5)
+@pytest.mark.parametrize("kind", ["block_permutation", "log_diagonal"])
+@switched_on
+def test_parts_that_are_switched_on_are_saved_before_their_first_step(kind, options):
+    params, optimizer = trained(kind, base="adam", steps=5, meta_lr=0.0)
     optimizer.param_groups[0].update(options)
-    others, other = built("block_permutation", base="adam")
+    others, other = built(kind, base="adam", meta_lr=0.0)
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lodo
-from lodo import meta
+from lodo import inner_optimizer
 from lodo.kernels import native, reference
 from lodo.preconditioners import BY_NAME
 from lodo.preconditioners.base import padded_size
@@ -91,7 +91,7 @@ def test_the_compiled_kernels_agree_with_plain_torch(shape, permutation, dtype, 
     kept = torch.bfloat16 if inner == "adam in bfloat16" else dtype
     theta, moments, indices, g, m = tensors(*shape, permutation, dtype, kept)
     other, other_moments = theta.clone(), tuple(moment.clone() for moment in moments)
-    rates = meta.rates(inner.split()[0], *rates, 1, dtype)
+    rates = inner_optimizer.rates(inner.split()[0], *rates, 1, dtype)
     work = native.prepare(theta, indices, learning=True, kept=None).fill_(float("nan"))
     close(native.matvec(theta, indices, g, work), reference.matvec(theta, indices, g))
     reference.learn_(theta, None if inner == "sgd" else moments, indices, g, m, 0.3, rates)
@@ -184,7 +184,7 @@ def test_a_vector_may_be_of_any_dtype_and_layout_and_is_not_written(g, kernel, d
 def test_parameters_of_a_group_are_one_vector(plans, options, dtype, kernel):
     """However it is cut into tensors and whatever their layouts: the same steps, bit for bit. But for what there is
     for each tensor by itself: scales, weights of momenta, and eigenbases."""
-    options = {name: value for name, value in options.items() if name not in ("scale_lr", "decays")}
+    options = {name: value for name, value in options.items() if name not in ("scale_lr", "momentum_decays")}
     params = [nn.Parameter(draw.laid_out(plan.make().detach().to(dtype), plan.layout)) for plan in plans]
     whole = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in params]))
     with draw.running(kernel):
@@ -287,13 +287,13 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "block_size": no_integers | st.integers(max_value=0) | st.none(),
     "permutation": st.sampled_from((None, 1, True, ["random"], torch.arange(4))) | words,
     "meta_optimizer": st.sampled_from((None, 1, torch.optim.Adam, ["adam"])) | words,
-    "trace": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
+    "trace_decay": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
     "base": st.sampled_from((1, True, [], torch.optim.Adam)) | words,
     "scale_lr": wrong_numbers | st.just(torch.tensor(0.5)),
-    "decays": st.sampled_from(((), [], 0.9, "0.9", (1.0,), (0.5, -0.1), (None,), (True,), [0.9, "a"], np.array([0.9])))
+    "momentum_decays": st.sampled_from(((), [], 0.9, "0.9", (1.0,), (0.5, -0.1), (None,), (True,), [0.9, "a"], np.array([0.9])))
     | wrong_numbers.map(lambda value: (0.9, value)),
     "mix_lr": wrong_numbers | st.just(torch.tensor(0.5)),
-    "scale_trace": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
+    "scale_trace_decay": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
     "meta_every": no_integers | st.integers(max_value=0) | st.none(),
     "meta_state_dtype": wrong_dtypes,
     "momentum_dtype": wrong_dtypes,
@@ -342,7 +342,7 @@ damages = st.sampled_from((None, "removed", "text", 0, 1, 2, 3, -1, 1.5, True, [
 @given(
     kind=st.sampled_from((*KINDS, "identity")),
     permutation=st.sampled_from(("random", "shuffle")),
-    parts=st.sampled_from(({}, {"base": "adam", "trace": 0.5}, {"base": "soap", "scale_lr": 0.1, "trace": 0.5})),
+    parts=st.sampled_from(({}, {"base": "adam", "trace_decay": 0.5}, {"base": "soap", "scale_lr": 0.1, "trace_decay": 0.5})),
     number=st.integers(0, 1),
     key=st.integers(0, 20),
     damage=damages,

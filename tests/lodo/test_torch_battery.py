@@ -28,7 +28,7 @@ NOT_APPLICABLE = {
     "closure needed": "the gradients in .grad are enough; a closure is optional and called once (LBFGS only)",
     "several devices in a group": "a group is one vector on one device; groups may lie on different ones",
     "momentum cycled by a scheduler": "schedulers look for an option `momentum` or `betas`; LODO's is `beta`",
-    "step count as a number": "the state has no entry `step`, and no state from before tensor counts exists",
+    "step count as a number": "`step` is a tensor of integers, and no state from before tensor counts exists",
     "peak memory, tensors of 2**32 elements": "torch measures these on its foreach and fused implementations",
     "found_inf inside a fused step": "GradScaler leaves out the call of step itself",
 }
@@ -205,11 +205,15 @@ def test_missing_and_zero_gradients_move_nothing(kwargs):
     assert all(p.grad is None for p in problem.params)
     # A parameter without a gradient stays where it is among others that move, weight decay or not.
     problem = Problem({**kwargs, "weight_decay": 0.1}).run(2)
-    before = problem.values()
+    before, kept = problem.values(), problem.saved()["state"][0]
     problem.closure()
     problem.weight.grad = None
     problem.optimizer.step()
     assert [now == old for now, old in zip(problem.values(), before, strict=True)] == [True, False]
+    # So does what is kept for it, unless the network acts on the group as a whole.
+    is_elementwise = kwargs.get("preconditioner") in ("log_diagonal", "identity")
+    assert (problem.saved()["state"][0] == kept) is is_elementwise
+    assert [int(problem.optimizer.state[p]["step"]) for p in problem.params] == [2 if is_elementwise else 3, 3]
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import lodo
-from tests.helpers.habits import assert_finite, entry_of, follow, noisy
+from tests.helpers.habits import assert_finite, follow, noisy
+from tests.helpers.parts import state_of
 from tests.helpers.states import assert_same
 
 # ---- bounds: moves that somebody takes back --------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_masked_weights_do_not_drive_the_scale(base, kernel):
             optimizer.step()
             with torch.no_grad():
                 w.mul_(mask)
-            peak = max(peak, entry_of(optimizer)["scale"][0].exp().item())
+            peak = max(peak, state_of(optimizer)["scale"][0].exp().item())
         assert_finite(optimizer)
         assert torch.equal(w == 0, mask == 0)
         assert (w[mask == 1] - 2).abs().max() < 0.5

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lodo
-from lodo import bases
+from lodo.parts import eigenbasis
 from tests.helpers.habits import assert_falls, noisy, train
 
 
@@ -61,7 +61,7 @@ SINGULAR = {
 @pytest.mark.parametrize("average", SINGULAR)
 def test_eigenbases_of_singular_averages_are_orthogonal(average):
     average, old = SINGULAR[average], torch.linalg.qr(noisy((12, 12), 3, torch.float32))[0]
-    for new in (bases._eigenbasis(average, old), bases._improved(average, old)):
+    for new in (eigenbasis._eigenbasis(average, old), eigenbasis._improved(average, old)):
         assert new.dtype == torch.float32
         torch.testing.assert_close(new.T @ new, torch.eye(12), rtol=0, atol=1e-5)
 
@@ -82,7 +82,7 @@ def nan_for_qr(a, *_, **__):
 def test_where_a_decomposition_fails_the_old_basis_is_kept_and_training_goes_on(name, broken, monkeypatch):
     old = torch.linalg.qr(noisy((12, 12), 3, torch.float32))[0]
     monkeypatch.setattr(torch.linalg, name, broken)
-    found = {"eigh": bases._eigenbasis, "qr": bases._improved}[name](SINGULAR["rank one"], old)
+    found = {"eigh": eigenbasis._eigenbasis, "qr": eigenbasis._improved}[name](SINGULAR["rank one"], old)
     assert torch.equal(found, old)
     assert found is not old
     model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), torch.randn(64, 6)

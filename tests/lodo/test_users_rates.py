@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import lodo
-from lodo import bases, meta
-from tests.helpers.habits import assert_finite, entry_of, follow, noisy
+from lodo import inner_optimizer
+from lodo.parts import second_moment
+from tests.helpers.habits import assert_finite, follow, noisy
+from tests.helpers.parts import state_of
 from tests.helpers.states import assert_same
 
 # ---- lr --------------------------------------------------------------------------------------------------------------
@@ -54,12 +56,12 @@ def test_after_a_warm_restart_steps_are_no_larger_than_before(lr, where):
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, cycle)
     largest = 0.0
     for step in follow(optimizer, w, target, 0, 5 * cycle):
-        entry = entry_of(optimizer)
+        entry = state_of(optimizer)
         size = optimizer.param_groups[0]["lr"] * entry["scale"][0].exp().item()
         if step > 0 and step % cycle == 0:
             assert size <= max(largest, lr) * math.exp(2 * lodo.RECOMMENDED["scale_lr"])
         largest = max(largest, size)
-        assert entry["scale_levels"][0].item() == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert entry["scheduled_lr"].item() == pytest.approx(optimizer.param_groups[0]["lr"])
         schedule.step()
     assert_finite(optimizer)
 
@@ -82,18 +84,18 @@ def test_steps_at_lr_0_change_no_parameter_and_training_goes_on(base, where):
 
 def test_the_unit_of_gradients_is_1_or_a_power_of_two_below_their_norm():
     for size in (2.0**-8, 0.3, 1.0, 5.0, 2.0**8):
-        assert bases.next_unit(0.0, size) == 1
-    assert bases.next_unit(0.0, 2.0**8 + 1) == 2.0**8
-    assert bases.next_unit(0.0, 1.99 * 2.0**-9) == 2.0**-9
-    assert bases.next_unit(0.0, 1e-300) == 2.0**-96
-    assert bases.next_unit(0.0, 1e300) == 2.0**96
+        assert second_moment.next_unit(0.0, size) == 1
+    assert second_moment.next_unit(0.0, 2.0**8 + 1) == 2.0**8
+    assert second_moment.next_unit(0.0, 1.99 * 2.0**-9) == 2.0**-9
+    assert second_moment.next_unit(0.0, 1e-300) == 2.0**-96
+    assert second_moment.next_unit(0.0, 1e300) == 2.0**96
     for unit in (0.0, 2.0**-30, 1.0, 2.0**30):
         for size in (0.0, math.inf, math.nan):
-            assert bases.next_unit(unit, size) == unit
+            assert second_moment.next_unit(unit, size) == unit
     for unit in (2.0**-30, 1.0, 2.0**30):
-        assert bases.next_unit(unit, 1e-12 * unit) == unit
-        assert bases.next_unit(unit, 2.0**20 * unit) == unit
-        assert bases.next_unit(unit, 3 * 2.0**20 * unit) == 2.0**21 * unit
+        assert second_moment.next_unit(unit, 1e-12 * unit) == unit
+        assert second_moment.next_unit(unit, 2.0**20 * unit) == unit
+        assert second_moment.next_unit(unit, 3 * 2.0**20 * unit) == 2.0**21 * unit
 
 
 def scaled_run(scale, dtype=torch.float32, steps=150, norm=None, **options):
@@ -133,8 +135,8 @@ def test_powers_of_two_on_the_loss_change_no_bit_but_for_what_is_added_to_roots(
     close = scaled_run(2.0**k, torch.float64, 40, norm=norm)[0], scaled_run(1.0, torch.float64, 40, norm=norm)[0]
     for found, expected in zip(*close, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0.25 * 40 * 1e-3)
-    monkeypatch.setattr(bases, "EPS", 1e-300)
-    monkeypatch.setattr(meta, "EPS", 1e-300)
+    monkeypatch.setattr(second_moment, "EPS", 1e-300)
+    monkeypatch.setattr(inner_optimizer, "EPS", 1e-300)
     assert_same(scaled_run(2.0**k, torch.float64, 40, norm=norm), scaled_run(1.0, torch.float64, 40, norm=norm))
 
 
@@ -161,8 +163,27 @@ def test_gradients_that_grow_out_of_all_proportion_are_taken(growth, base, kerne
         assert (w.detach() - before).norm() < 0.1
         assert_finite(optimizer)
     assert optimizer.skipped_steps == 0
-    assert entry_of(optimizer)["steps"].item() == 80
-    assert entry_of(optimizer)["unit"].item() >= growth / 2**10
+    assert state_of(optimizer)["step"].item() == 80
+    assert state_of(optimizer)["unit"].item() >= growth / 2**10
+
+
+POWERS = {  # of the unit, by which what is kept of gradients has been divided; of tables, in each row
+    **dict.fromkeys(("momentum", "momentum_trace", "momenta", "theta_exp_avg"), (1,)),
+    **dict.fromkeys(("exp_avg_sq", "factors", "theta_exp_avg_sq"), (2,)),
+    "scale": (0, 1, 2),
+    "mixture": (0, 2, 4),
+}
+
+
+def change_unit(optimizer, w, unit):
+    """As if gradients had always been divided by it, in place of by 1."""
+    entry = optimizer.state[w]
+    assert entry["unit"].item() == 1
+    entry["unit"].fill_(unit)
+    for name in POWERS.keys() & entry.keys():
+        powers = POWERS[name]
+        for row, power in zip(entry[name].unbind() if len(powers) > 1 else [entry[name]], powers, strict=True):
+            row.mul_(unit**-power)
 
 
 @pytest.mark.parametrize("base", ["soap", "adam"])
@@ -170,17 +191,19 @@ def test_gradients_that_grow_out_of_all_proportion_are_taken(growth, base, kerne
 def test_another_unit_of_gradients_changes_no_bit(unit, base, monkeypatch):
     """But for what is added to roots lest they be zero, which is left out here."""
     monkeypatch.setenv("LODO_NATIVE", "0")
-    monkeypatch.setattr(bases, "EPS", 1e-300)
-    monkeypatch.setattr(meta, "EPS", 1e-300)
+    monkeypatch.setattr(second_moment, "EPS", 1e-300)
+    monkeypatch.setattr(inner_optimizer, "EPS", 1e-300)
     w, target = nn.Parameter(torch.zeros(6, 6, dtype=torch.float64)), noisy((6, 6), 1000)
     optimizer = lodo.AutoLODO([w], base=base)
     for _ in follow(optimizer, w, target, 0, 25):
         pass
     x, other = copy.deepcopy((w, optimizer))
-    other._group_state(other.param_groups[0]).rescale_(unit)
-    assert entry_of(other)["unit"].item() == unit
+    change_unit(other, x, unit)
     for _ in zip(follow(optimizer, w, target, 25, 60), follow(other, x, target, 25, 60), strict=True):
         assert torch.equal(w.detach(), x.detach())
+    assert state_of(other)["unit"].item() == unit
+    change_unit(optimizer, w, unit)
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
 
 
 def test_another_unit_of_gradients_changes_little_with_compiled_kernels(kernel):
@@ -189,7 +212,7 @@ def test_another_unit_of_gradients_changes_little_with_compiled_kernels(kernel):
     for _ in follow(optimizer, w, target, 0, 25):
         pass
     x, other = copy.deepcopy((w, optimizer))
-    other._group_state(other.param_groups[0]).rescale_(2.0**5)
+    change_unit(other, x, 2.0**5)
     for _ in zip(follow(optimizer, w, target, 25, 60), follow(other, x, target, 25, 60), strict=True):
         torch.testing.assert_close(x.detach(), w.detach(), rtol=0, atol=1e-4)
 
@@ -243,7 +266,7 @@ def test_weight_decay_is_in_proportion_to_the_scaled_rate(steps, base, where):
         for p in own:
             p.grad = noisy(p.shape, 9)
         each.step()
-    scales = entry_of(other)["scale"][0].exp()
+    scales = state_of(other)["scale"][0].exp()
     assert bool((scales != 1).all()) == (steps > 0)
     for p, decayed, x, scale in zip(params, others, before, scales, strict=True):
         torch.testing.assert_close(p.detach() - decayed.detach(), lr * scale * decay * x, rtol=1e-9, atol=1e-14)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import lodo
-from tests.helpers.habits import entry_of, follow, noisy
+from tests.helpers.habits import follow, noisy
+from tests.helpers.parts import state_of
 from tests.helpers.states import assert_same
 
 
@@ -34,15 +35,15 @@ def steps_to_follow(w, optimizer):
 
 def test_reset_takes_back_what_is_learned_and_keeps_what_is_known(long_trained):
     _, optimizer = copy.deepcopy(long_trained)
-    before = copy.deepcopy(entry_of(optimizer))
+    before = state_of(optimizer)
     assert before["scale"].any()
     assert before["theta"].any()
     optimizer.reset()
-    after = entry_of(optimizer)
-    assert after["reset_at"].item() == after["steps"].item() == 3000
-    for name in ("scale", "moves", "scale_levels", "theta", "theta_exp_avg", "theta_exp_avg_sq", "meta_step"):
+    after = state_of(optimizer)
+    assert after["reset_at"].item() == after["step"].item() == 3000
+    for name in ("scale", "step_trace", "scale_peak", "theta", "theta_exp_avg", "theta_exp_avg_sq", "meta_step"):
         assert not after[name].any(), name
-    for name in ("base_exp_avg_sq", "base_factors", "base_seen", "momenta", "momentum", "unit", "steps", "skipped"):
+    for name in ("exp_avg_sq", "factors", "eigenbasis", "seen", "momenta", "momentum", "unit", "step", "skipped_steps"):
         assert torch.equal(after[name], before[name]), name
     torch.testing.assert_close(after["mixture"][0].softmax(0)[1].item(), 0.9)
 
@@ -63,7 +64,7 @@ def test_after_a_reset_the_rates_are_as_at_the_start(long_trained):
         if is_reset:
             optimizer.reset(0)
         target = w.detach() + 10
-        scales = [entry_of(optimizer)["scale"][0].item() for _ in follow(optimizer, w, target, 3000, 3040, noise=0.0)]
+        scales = [state_of(optimizer)["scale"][0].item() for _ in follow(optimizer, w, target, 3000, 3040, noise=0.0)]
         moved.append(max(abs(b - a) for a, b in pairwise(scales[20:])))
     assert moved[0] < 5 * 5 / 3000
     assert moved[1] > 0.01
@@ -89,8 +90,8 @@ def test_reset_of_one_group_leaves_the_others():
     before = copy.deepcopy(optimizer.state[params[0]])
     optimizer.reset(1)
     assert_same(dict(optimizer.state[params[0]]), before)
-    assert entry_of(optimizer, 1)["reset_at"].item() == 30
-    assert not entry_of(optimizer, 1)["scale"].any()
+    assert state_of(optimizer, 1)["reset_at"].item() == 30
+    assert not state_of(optimizer, 1)["scale"].any()
 
 
 @pytest.mark.parametrize("base", ["soap", "adam"])
