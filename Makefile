@@ -5,19 +5,29 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check paper bench clean
+# The tests in two processes; make test ARGS="-n 0" runs them in one, ARGS="-n 8" in more.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test kernels check paper bench clean
 
 demo: $(VENV)/demo  ## train a classifier with LODO, AdamW and SGD side by side
 	$(BIN)/python -m examples.train_classifier $(ARGS)
 
 test: $(VENV)/ready  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+kernels: $(VENV)/ready  ## compile all Triton kernels for sm_90, which needs no GPU
+	$(BIN)/python -m pytest -m compile $(ARGS)
 
 check: $(VENV)/ready  ## linters, type checker, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+.PHONY: docs
+docs: $(VENV)/docs  ## build the documentation into site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 paper: $(VENV)/ready  ## run an experiment of the paper: make paper ARGS="bowl --workers 2"
 	$(BIN)/python -m examples.paper $(ARGS)
@@ -30,6 +40,12 @@ $(VENV)/demo $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet -e ".[$(if $(filter %/demo,$@),examples,dev)]"
+	touch $@
+
+$(VENV)/docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e ".[docs]"
 	touch $@
 
 clean:

@@ -11,5 +11,5 @@ accumulation     a plain loop with gradient accumulation and clipping
 tiny             the models and data of all of them: made on the spot, nothing is downloaded
 
 `pip install -e ".[frameworks]"` brings what the first four need; the others need torch alone. Each takes a few seconds
-on a CPU, writes nothing outside a temporary folder, and is a test as well (tests/test_frameworks.py).
+on a CPU, writes nothing outside a temporary folder, and is a test as well (tests/examples/test_frameworks.py).
 """

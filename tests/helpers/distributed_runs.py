@@ -33,12 +33,16 @@ def network(dtype=torch.float64):
 
 
 def train(model, optimizer, begin, end, share=slice(None)):
-    """Steps `begin` to `end` on a batch of 16, of which this rank sees its share."""
+    """Steps `begin` to `end` on a batch of 16, of which this rank sees its share. A model may tell in `late` of
+    parameters that have no gradient before some step."""
     for step in range(begin, end):
         x = torch.randn(16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))[share]
         x = x.to(next(model.parameters()).dtype)
         optimizer.zero_grad()
         (model(x) - x[:, :3].sin()).square().mean().backward()
+        for name, first in getattr(model, "late", {}).items():
+            if step < first:
+                model.get_parameter(name).grad = None
         optimizer.step()
 
 
@@ -113,6 +117,13 @@ def fsdp_run(**options):
 def parts_run():
     model = fsdp()
     return model, lodo.LODO(model.parameters(), **OPTIONS, **PARTS)
+
+
+def late_run():
+    """The call that wants no tuning, where two parameters join late, one of them after the first 8 steps."""
+    model = fsdp()
+    model.late = {"0.bias": 3, "2.weight": 11}
+    return model, lodo.AutoLODO(model.parameters(), base="adam", weight_decay=0.01)
 
 
 def hsdp_run():

@@ -15,6 +15,18 @@ NETWORKS = {
 }
 SHAPES = ((3, 4), (5,), (), (2, 3, 2), (0, 3), (1,))
 
+ELEMENTS = ("momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written")
+TABLES = ("step", "skipped_steps", "unit", "scale", "scale_peak", "mixture", "scheduled_lr", "reset_at")
+PACKED = ("factors", "eigenbasis")
+OF_NETWORKS = ("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations", "meta_step", "last_lr")
+
+POWERS = {  # of the unit, by which what is kept of gradients has been divided; of tables, in each row
+    **dict.fromkeys(("momentum", "momentum_trace", "momenta", "theta_exp_avg"), (1,)),
+    **dict.fromkeys(("exp_avg_sq", "factors", "theta_exp_avg_sq"), (2,)),
+    "scale": (0, 1, 2),
+    "mixture": (0, 2, 4),
+}
+
 
 def made(shapes, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
@@ -50,12 +62,6 @@ def trained(kind="identity", shapes=SHAPES, steps=12, **options):
         backward(params)
         optimizer.step()
     return params, optimizer
-
-
-ELEMENTS = ("momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written")
-TABLES = ("step", "skipped_steps", "unit", "scale", "scale_peak", "mixture", "scheduled_lr", "reset_at")
-PACKED = ("factors", "eigenbasis")
-OF_NETWORKS = ("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations", "meta_step", "last_lr")
 
 
 def state_of(optimizer, group=0):

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import lodo
+from lodo.declarations import Kind
+from lodo.state.layout import slots_of
 from tests.helpers.distributed_runs import (
     LEAN,
     OPTIONS,
@@ -79,7 +81,8 @@ def ddp_with_a_nan():
         optimizer.step()
     assert any("skipped a step" in str(warning.message) for warning in caught)
     after = everything(model.module, optimizer)
-    assert after["optimizer"][0].pop("skipped") - before["optimizer"][0].pop("skipped") == 1
+    for entry, former in zip(after["optimizer"].values(), before["optimizer"].values(), strict=True):
+        assert entry.pop("skipped_steps") - former.pop("skipped_steps") == 1
     assert_same(after, before)
     train(model, optimizer, 3, 6, own_share())
     return everything(model.module, optimizer)
@@ -88,8 +91,8 @@ def ddp_with_a_nan():
 def test_a_nan_on_one_ddp_rank_is_skipped_on_all():
     first, second = run(2, ddp_with_a_nan)
     assert_same(first, second)
-    assert first["optimizer"][0]["skipped"] == 1
-    assert first["optimizer"][0]["steps"] == 6
+    assert [int(entry["skipped_steps"]) for entry in first["optimizer"].values()] == [1] * 4
+    assert [int(entry["step"]) for entry in first["optimizer"].values()] == [6] * 4
 
 
 class Twin:
@@ -108,21 +111,41 @@ class Twin:
         self.optimizer.step()
 
     def assert_same(self, optimizer):
-        """Parameters and state agree in every bit; what is kept for the group is this rank's, padded with zeros."""
+        """Parameters and state agree in every bit. What is shaped like a parameter is spread as that is; of the rest
+        all but the counts of steps is this rank's alone, padded with zeros."""
+        slots = {slot.name: slot for slot in slots_of(self.optimizer.param_groups[0])}
+        shards = [int(optimizer.state[p]["shards"]) for p in self.originals if "shards" in optimizer.state[p]]
+        assert len(shards) == 1
         for p, original in zip(self.params, self.originals, strict=True):
             assert torch.equal(p, local(original))
-            if p.numel() > 0:
-                assert type(optimizer.state[original]["momentum"]) is type(original.data)
-                assert torch.equal(self.optimizer.state[p]["momentum"], local(optimizer.state[original]["momentum"]))
-        expected = self.optimizer.state[self.params[0]]
-        found = optimizer.state[self.originals[0]]
-        suffix = f"_in_{int(found['shards'])}_shards" if "shards" in found else ""
-        for name, value in expected.items():
-            if name not in ("momentum", "format"):
-                kept = local(found[name + suffix])
+            if all(p.numel() == 0 for p in self.params):
+                continue
+            expected, found = self.optimizer.state[p], dict(optimizer.state[original])
+            for name, value in expected.items():
+                if name == "shards":
+                    kept = found.pop(name)
+                elif slots[name].kind is Kind.ELEMENTS:
+                    kept = found.pop(name)
+                    lead = kept.dim() - original.dim()
+                    assert type(kept) is type(original.data)
+                    assert kept.shape == (*value.shape[:lead], *original.shape)
+                    if isinstance(kept, DTensor):
+                        moved = [Shard(at.dim + lead) if isinstance(at, Shard) else at for at in original.placements]
+                        assert list(kept.placements) == moved
+                    assert torch.equal(local(kept), value), name
+                elif slots[name].is_replicated or shards == [1]:
+                    kept = found.pop(name)
+                    assert type(kept) is torch.Tensor
+                    assert torch.equal(kept, value), name
+                else:
+                    kept = found.pop(f"{name}_in_{shards[0]}_shards")
+                    assert isinstance(kept, DTensor)
+                    own = local(kept)
+                    assert own.dim() == 1
+                    assert torch.equal(own[: value.numel()], value.flatten()), name
+                    assert not own[value.numel() :].any()
                 assert kept.dtype == value.dtype
-                assert torch.equal(kept.flatten()[: value.numel()], value.flatten()), name
-                assert not kept.flatten()[value.numel() :].any()
+            assert found.keys() <= {"fsdp1_rank"}
 
 
 def fsdp_and_twin(cases):
@@ -138,6 +161,11 @@ def fsdp_and_twin(cases):
             (model(x) - x[:, :3].sin()).square().mean().backward()
             if step == 5:
                 model[2].bias.grad = None
+            if step < 4:
+                model[0].bias.grad = None
+            if step == 8:
+                for each in (optimizer, *(twin.optimizer for twin in twins if twin.optimizer.state)):
+                    each.reset()
             optimizer.step()
             for twin in twins:
                 twin.step()
@@ -159,6 +187,7 @@ def test_fsdp_is_a_separate_optimizer_for_each_shard(world):
         {"meta_lr": 0.0},
         PARTS,
         {**PARTS, "preconditioner": "identity", "max_step_norm": 0.1},
+        {**PARTS, "preconditioner": "block_permutation", "momentum_dtype": "bfloat16"},
     ]
     run(world, fsdp_and_twin, cases)
 
@@ -168,7 +197,14 @@ def one_rank_has_nothing(kind, base):
     sizes, so that ranks can exchange them."""
     torch.manual_seed(0)
     model = fully_shard(nn.Linear(5, 1))
-    options = {**OPTIONS, "preconditioner": kind, "base": base, "trace_decay": 0.5, "scale_lr": 0.01, "momentum_decays": (0.0, 0.9)}
+    options = {
+        **OPTIONS,
+        "preconditioner": kind,
+        "base": base,
+        "trace_decay": 0.5,
+        "scale_lr": 0.01,
+        "momentum_decays": (0.0, 0.9),
+    }
     optimizer, twin = lodo.LODO(model.parameters(), **options), Twin(model.parameters(), **options)
     for _ in range(5):
         optimizer.zero_grad()
@@ -181,10 +217,14 @@ def one_rank_has_nothing(kind, base):
         assert all(p.numel() == 0 for p in twin.params)
     assert optimizer.skipped_steps == 0
     assert bool(optimizer.diagnostics()[0]) == (dist.get_rank() == 0)
-    entry = optimizer.state[model.weight]
-    kept = {name: local(value) for name, value in entry.items() if name not in ("momentum", "format", "shards")}
-    assert all(value.isfinite().all() for value in kept.values())
-    return {name: value.shape for name, value in kept.items()}
+    shapes = {}
+    for i, (p, entry) in enumerate(optimizer.state.items()):
+        assert entry["step"] == 5
+        assert all(local(value).isfinite().all() for value in entry.values())
+        for name, value in entry.items():
+            of_elements = value.shape[value.dim() - p.dim() :] == p.shape
+            shapes[f"{i} {name}"] = value.shape if of_elements else (value.shape, local(value).shape)
+    return shapes
 
 
 def nothing_for_each_kind():
@@ -392,7 +432,7 @@ def fsdp1_and_twin(use_orig_params):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(model, optimizer, 8, 9, own_share())
-    skipped = [int(optimizer.state[group["params"][0]]["skipped"]) for group in optimizer.param_groups]
+    skipped = [int(optimizer.state[group["params"][0]]["skipped_steps"]) for group in optimizer.param_groups]
     return skipped, replica.detach(), not torch.equal(before, replica)
 
 

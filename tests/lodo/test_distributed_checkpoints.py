@@ -2,6 +2,7 @@
 training goes on, safetensors, what ZeRO and FSDP1 save."""
 
 import json
+import re
 import threading
 import warnings
 
@@ -23,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 import lodo
+from lodo.state.layout import slots_of
 from tests.helpers.distributed_runs import (
     OPTIONS,
+    PARTS,
     assert_same,
     assert_same_shards,
     bfloat16_run,
@@ -35,6 +38,7 @@ from tests.helpers.distributed_runs import (
     fsdp1,
     fsdp_run,
     hsdp_run,
+    late_run,
     local,
     local_or_same,
     network,
@@ -121,6 +125,7 @@ def resumed_in_all_ways(folder, cases):
                 (fsdp_run, ("sharded", "flat", "full", "broadcast")),
                 (bfloat16_run, ("sharded",)),
                 (parts_run, ("sharded", "full")),
+                (late_run, ("sharded", "flat", "offloaded", "gathered", "full", "broadcast")),
                 (frozen_run, ("sharded", "offloaded", "trained only", "gathered")),
             ),
         ),
@@ -146,25 +151,28 @@ def saved_run(folder, make):
 
 
 def resharded_run(folder, make, ways):
-    """Loads both; returns parameters and momentum. Everything else is as in a new optimizer."""
+    """Loads both; returns parameters and momentum. Everything else is as in a new optimizer of these parameters."""
     results = []
     for name in ways:
         model, optimizer = make()
         if name == "sharded":  # into one that has its own state
             train(model, optimizer, 0, 2)
-        _, new = make()
-        for group in new.param_groups:
-            group["lr"] = 0.0
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        new.step()
         planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             load(folder, model, optimizer, planner, **WAYS[name])
         assert sum("another number of shards" in str(warning.message) for warning in caught) == 1
         assert optimizer.param_groups[0]["meta_lr"] == OPTIONS["meta_lr"]
-        for entry, fresh in zip(optimizer.state.values(), new.state.values(), strict=True):
+        new_model, new = make()
+        for group in new.param_groups:
+            group["lr"] = 0.0
+        with torch.no_grad():
+            for p, value in zip(new_model.parameters(), model.parameters(), strict=True):
+                p.copy_(value)
+                p.grad = torch.zeros_like(p)
+        new.step()
+        for p, q in zip(model.parameters(), new_model.parameters(), strict=True):
+            entry, fresh = optimizer.state[p], new.state[q]
             assert entry.keys() == fresh.keys()
             for key in entry.keys() - {"momentum"}:
                 assert_same(local_or_same(entry[key]), local_or_same(fresh[key]))
@@ -196,35 +204,90 @@ def test_another_number_of_shards_keeps_the_momentum_and_renews_the_networks(tmp
             assert_same(found, expected)
 
 
-def misfits(folder):
+def unsharded_parts_run():
+    model = network(torch.float32)
+    return model, lodo.LODO(model.parameters(), **OPTIONS, **PARTS)
+
+
+@pytest.mark.parametrize(
+    ("worlds", "makers", "ways"),
+    [
+        ((4, 2), (parts_run, parts_run), SHARDED + FULL),
+        ((2, 4), (parts_run, parts_run), SHARDED + FULL),
+        ((1, 2), (unsharded_parts_run, parts_run), (*SHARDED, "broadcast")),
+        ((2, 1), (parts_run, unsharded_parts_run), SHARDED + FULL),
+    ],
+    ids=["4 to 2", "2 to 4", "1 to 2", "2 to 1"],
+)
+def test_another_number_of_shards_renews_all_where_there_is_a_base(tmp_path, worlds, makers, ways):
+    """Momentum is in its units."""
+    ((parameters, momentum), *_) = run(worlds[0], saved_run, tmp_path, makers[0])
+    assert all(value.any() for value in momentum.values())
+    for results in run(worlds[1], resharded_run, tmp_path, makers[1], ways):
+        for found in results:
+            assert_same(found, (parameters, {name: torch.zeros_like(value) for name, value in momentum.items()}))
+
+
+def spoilt(value, slot):
+    """What may have become of a sharded entry of a saved state, each with what is said of it, on all ranks."""
+    yield "missing", None
+    yield "must be a DTensor|must be a tensor|its parameter is", 1.0
+    if not isinstance(value, DTensor):
+        yield "has shape", value.unsqueeze(0)
+        yield "has dtype", value.to(torch.float16)
+        yield "must hold", value - 100
+        return
+    yield "must be a DTensor|is a plain tensor", local(value)
+    yield (
+        "has shape",
+        DTensor.from_local(local(value).repeat(2, *[1] * (value.dim() - 1)), value.device_mesh, value.placements),
+    )
+    numbers = [(torch.nan, "NaN or infinity"), (-torch.inf, "NaN or infinity")] if value.is_floating_point() else []
+    numbers += [(slot.low - 1, "must hold")] if slot.low > -torch.inf else []
+    for number, message in numbers:
+        changed = local(value).clone()
+        changed.view(-1)[:1] = number
+        yield (
+            message,
+            DTensor.from_local(changed, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()),
+        )
+    for dtype in {torch.float16, torch.int16, torch.float32} - {value.dtype}:
+        yield "has dtype", value.to(dtype)
+
+
+def misfits(cases):
     """A sharded optimizer refuses, before anything has changed, what it cannot go on from."""
-    model, optimizer = one_group_run()
-    train(model, optimizer, 0, 2)
-    before = everything(model, optimizer)
-    saved = optimizer.state_dict()
-    first = saved["state"][0]
-    theta = first["theta_in_2_shards"]
-    cases = {
-        "theta_in_2_shards must be a DTensor": {"theta_in_2_shards": local(theta)},
-        r"theta_in_2_shards has shape \(\d+,\)": {
-            "theta_in_2_shards": DTensor.from_local(local(theta).repeat(2), theta.device_mesh, theta.placements)
-        },
-        "theta missing": {"theta_in_2_shards": None},
-        "momentum is a plain tensor": {"momentum": whole(first["momentum"])},
-        "format 99": {"format": 99},
-    }
-    for message, changes in cases.items():
-        entry = {name: value for name, value in {**first, **changes}.items() if value is not None}
-        with pytest.raises(ValueError, match=message):
-            optimizer.load_state_dict({**saved, "state": {**saved["state"], 0: entry}})
+    for make in cases:
+        model, optimizer = make()
+        train(model, optimizer, 0, 4)
+        before = everything(model, optimizer)
+        saved = optimizer.state_dict()
+        slots = {slot.name: slot for slot in slots_of(saved["param_groups"][0])}
+        for key, entry in saved["state"].items():
+            for name, value in entry.items():
+                slot = slots.get(name.removesuffix("_in_2_shards"))
+                if local(value).numel() == 0 or name == "shards":
+                    continue
+                for message, other in spoilt(value, slot):
+                    changed = {**entry, name: other}
+                    if other is None:
+                        del changed[name]
+                    try:
+                        optimizer.load_state_dict({**saved, "state": {**saved["state"], key: changed}})
+                        raise AssertionError(f"{make.__name__}, parameter {key}, {name}: {message} was passed")
+                    except ValueError as error:
+                        assert re.search(rf"{slot.name}(_in_2_shards)?\b.*({message})", str(error)), error
+        assert_same(*(pytree.tree_map(local_or_same, seen) for seen in (everything(model, optimizer), before)))
+        optimizer.load_state_dict(saved)
         assert_same(*(pytree.tree_map(local_or_same, seen) for seen in (everything(model, optimizer), before)))
     other = lodo.LODO(network(torch.float32).parameters())
     with pytest.raises(ValueError, match="its parameter is a plain tensor"):
         other.load_state_dict(saved)
 
 
-def test_a_state_that_does_not_fit_the_shards_is_refused(tmp_path):
-    run(2, misfits, tmp_path)
+def test_a_state_that_does_not_fit_the_shards_is_refused():
+    """Each single key of each parameter's entry."""
+    run(2, misfits, (parts_run, one_group_run, fsdp_run))
 
 
 class HeldWriter(dcp.FileSystemWriter):
@@ -302,7 +365,7 @@ def test_a_safetensors_file_resumes_bit_for_bit(tmp_path):
     through_safetensors(tmp_path, (plain_run, named_run))
 
 
-def test_a_safetensors_file_has_names_of_the_model_and_its_format_is_checked(tmp_path):
+def test_a_safetensors_file_has_names_of_the_model_and_is_checked(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     files = pytest.importorskip("safetensors.torch")
     model, optimizer = plain_run()
@@ -311,13 +374,16 @@ def test_a_safetensors_file_has_names_of_the_model_and_its_format_is_checked(tmp
     with safetensors.safe_open(tmp_path / "saved", framework="pt") as file:
         rest = json.loads(file.metadata()["lodo"])
     tensors = files.load_file(tmp_path / "saved")
-    expected = {f"state.0.weight.{name}" for name in ("theta", "permutations", "meta_step", "steps", "skipped")}
-    assert expected | {f"state.{name}.momentum" for name, _ in model.named_parameters()} < tensors.keys()
+    names = ("theta", "permutations", "theta_exp_avg", "theta_exp_avg_sq", "meta_step", "last_lr", "shards")
+    expected = {f"state.0.weight.{name}" for name in names}
+    for name, _ in model.named_parameters():
+        expected |= {f"state.{name}.{own}" for own in ("step", "skipped_steps", "momentum")}
+    assert expected == tensors.keys()
     assert rest["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
-    assert rest["numbers"] == {"state.0.weight.format": 2}
-    rest["numbers"]["state.0.weight.format"] = 99
+    assert not rest.get("numbers")
+    tensors["state.2.bias.step"] -= 3
     files.save_file(tensors, tmp_path / "later", metadata={"lodo": json.dumps(rest)})
-    with pytest.raises(ValueError, match="the state has format 99"):
+    with pytest.raises(ValueError, match="parameter 3: step must hold whole numbers >= 0"):
         from_docs("load_optimizer")(tmp_path / "later", model, optimizer)
 
 
@@ -453,8 +519,8 @@ def test_the_network_moves_on_when_the_parameter_that_it_lies_with_is_frozen():
     train(model, optimizer, 4, 8)
     other.register_step_pre_hook(lambda *_: setattr(other_model[0].weight, "grad", None))
     train(other_model, other, 4, 8)
-    assert optimizer.state[model[0].weight].keys() == {"momentum", "note"}
-    assert optimizer.state[model[0].bias]["steps"] == 8
+    assert optimizer.state[model[0].weight].keys() == {"step", "skipped_steps", "momentum", "note"}
+    assert optimizer.state[model[0].bias]["meta_step"] == optimizer.state[model[0].bias]["step"] == 8
     assert torch.equal(optimizer.preconditioners[0].theta, other.preconditioners[0].theta)
     assert_same(dict(model.named_parameters()), dict(other_model.named_parameters()))
 
@@ -496,5 +562,5 @@ def test_a_group_without_a_saved_state_starts_anew_if_that_is_allowed():
     assert [group["lr"] for group in other.param_groups] == [OPTIONS["lr"], 0.2]
     assert torch.equal(other.preconditioners[0].theta, optimizer.preconditioners[0].theta)
     train(model, other, 4, 6)
-    assert other.state[model[0].weight]["steps"] == 6
-    assert other.state[model[2].weight]["steps"] == 2
+    assert other.state[model[0].weight]["step"] == 6
+    assert other.state[model[2].weight]["step"] == 2

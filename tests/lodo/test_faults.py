@@ -245,8 +245,10 @@ def test_memory_that_runs_out_in_a_decomposition_is_not_taken_for_one_that_fails
     training.advance(9, 10)
 
 
-def test_an_interrupt_at_any_line_of_a_step_loses_nothing():
-    found = broken_steps.run("Ctrl-C; later step; two groups; native", every=11)
+@pytest.mark.usefixtures("_more_cases")
+@pytest.mark.parametrize("case", ["two groups", "without tuning", "Adam's base"])
+def test_an_interrupt_at_any_line_of_a_step_loses_nothing(case):
+    found = broken_steps.run(f"Ctrl-C; later step; {case}; native", every=11)
     assert found["injected"] > 30
     assert found["outcomes"].keys() <= set(broken_steps.GOOD)
 

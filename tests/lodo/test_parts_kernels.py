@@ -2,6 +2,7 @@
 same tensors: a step, of one cohort and of several, and trainings."""
 
 import copy
+import functools
 import math
 from itertools import product
 
@@ -46,13 +47,23 @@ COHORTS = {
 }
 sizes = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
+MANY = [(lengths, COHORTS["one cohort"]) for lengths in LENGTHS.values()]
+MANY += [(LENGTHS[name], COHORTS["several cohorts"]) for name in ("several", "several threads")]
+partitions = pytest.mark.parametrize(
+    ("lengths", "cohorts"), MANY, ids=[*LENGTHS, "several, in cohorts", "several threads, in cohorts"]
+)
+several = pytest.mark.parametrize("lengths", [LENGTHS["several"], LENGTHS["several threads"]], ids=["small", "large"])
 each_partition = pytest.mark.parametrize("cohorts", COHORTS.values(), ids=COHORTS)
 each_update = pytest.mark.parametrize("update", [Fused, Plain])
 
 
 def random(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return drawn(shape, seed).to(dtype, copy=True)
+
+
+@functools.cache
+def drawn(shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def table(count, *shape, seed=0):
@@ -266,9 +277,8 @@ def check_a_step(found, expected, dtype, **changes):
             assert torch.equal(tensor, others[name])
 
 
-@sizes
+@partitions
 @dtypes
-@each_partition
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_step_is_that_of_the_plain_form(lengths, dtype, cohorts, case):
     found, expected = both(lengths, dtype, cohorts=cohorts, **{**STILL, **case})
@@ -294,9 +304,8 @@ def test_moments_in_bfloat16_are_those_of_the_plain_form(dtype, cohorts):
     assert found.moments[0].dtype == torch.bfloat16
 
 
-@sizes
+@partitions
 @dtypes
-@each_partition
 @pytest.mark.parametrize("case", ["all parts", "no network", "no scale", "another unit"])
 def test_a_mixture_learns_in_a_step_as_in_plain_float64(lengths, dtype, cohorts, case):
     """Sums over many float32 numbers too: the kernel adds up few of them in float32."""
@@ -355,7 +364,7 @@ def test_an_inactive_step_leaves_every_bit(dtype, update, as_numbers, case):
     assert torch.equal(group.gains(), gains)
 
 
-@sizes
+@several
 @dtypes
 @pytest.mark.parametrize(("update", "as_numbers"), [(Fused, None), (Plain, None), (Plain, as_tensor)])
 @pytest.mark.parametrize("case", INACTIVE)
@@ -377,9 +386,8 @@ def test_a_cohort_that_is_not_active_keeps_every_bit_and_has_no_step(lengths, dt
                     assert not torch.equal(own, former), place
 
 
-@sizes
+@partitions
 @dtypes
-@each_partition
 @pytest.mark.parametrize("mixture", [False, True])
 def test_momenta_of_idle_parameters_decay_at_least_as_fast_as_coasting(lengths, dtype, cohorts, mixture):
     groups = both(lengths, dtype, cohorts=cohorts, mixture=mixture, **STILL)
@@ -456,9 +464,8 @@ def test_over_eigenbases_what_is_rounding_has_no_gain(kernel):
 # ---- what tables learn from ----------------------------------------------------------------------------------------
 
 
-@sizes
+@partitions
 @dtypes
-@each_partition
 def test_scales_learn_as_their_plain_form_does_in_float64(lengths, dtype, cohorts):
     options = {"cohorts": cohorts, "largest_log": 3.0}
     found, expected = Group(lengths, dtype, **options), Group(lengths, dtype, Plain, True, **options)

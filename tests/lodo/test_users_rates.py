@@ -12,7 +12,7 @@ import lodo
 from lodo import inner_optimizer
 from lodo.parts import second_moment
 from tests.helpers.habits import assert_finite, follow, noisy
-from tests.helpers.parts import state_of
+from tests.helpers.parts import POWERS, state_of
 from tests.helpers.states import assert_same
 
 # ---- lr --------------------------------------------------------------------------------------------------------------
@@ -165,14 +165,6 @@ def test_gradients_that_grow_out_of_all_proportion_are_taken(growth, base, kerne
     assert optimizer.skipped_steps == 0
     assert state_of(optimizer)["step"].item() == 80
     assert state_of(optimizer)["unit"].item() >= growth / 2**10
-
-
-POWERS = {  # of the unit, by which what is kept of gradients has been divided; of tables, in each row
-    **dict.fromkeys(("momentum", "momentum_trace", "momenta", "theta_exp_avg"), (1,)),
-    **dict.fromkeys(("exp_avg_sq", "factors", "theta_exp_avg_sq"), (2,)),
-    "scale": (0, 1, 2),
-    "mixture": (0, 2, 4),
-}
 
 
 def change_unit(optimizer, w, unit):

@@ -1,0 +1,605 @@
+"""Parameters that join late, that have a gradient at some steps only, and whose state is taken away or exchanged: each
+takes the steps that it would take alone."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lodo
+from tests.helpers.habits import assert_finite, noisy
+from tests.helpers.parts import POWERS, flat
+from tests.helpers.states import assert_same, through_file
+
+PAPER = {"lr": 0.05, "depth": 3, "block_size": 3}
+ELEMENTWISE = {
+    "recommended": lodo.RECOMMENDED,
+    "over adam": {**lodo.RECOMMENDED, "base": "adam"},
+    "one momentum": {**lodo.RECOMMENDED, "momentum_decays": None},
+    "no base": {**lodo.RECOMMENDED, "base": None},
+    "no parts": {"preconditioner": "log_diagonal", "lr": 0.05, "meta_lr": 0.01},
+    "scales alone": {"preconditioner": "identity", "lr": 0.01, "scale_lr": 0.05},
+    "adam": {"preconditioner": "identity", "lr": 0.01, "base": "adam", "weight_decay": 0.1},
+    "SGD inside, decay": {**lodo.RECOMMENDED, "meta_optimizer": "sgd", "weight_decay": 0.1, "base": "adam"},
+}
+WHOLE = {
+    "paper": PAPER,
+    "paper, SGD inside": {**PAPER, "meta_optimizer": "sgd"},
+    "residual": {"lr": 0.05, "preconditioner": "residual", "depth": 3},
+    "diagonal": {"lr": 0.05, "preconditioner": "diagonal"},
+    "over adam": {**PAPER, "base": "adam", "lr": 0.01},
+    "with all parts": {**lodo.RECOMMENDED, "preconditioner": "block_permutation", "depth": 3},
+}
+SHAPES = ((4, 5), (3, 6), (2, 3, 2), ())  # all of which have the same eigenbases in any group
+each_elementwise = pytest.mark.parametrize("options", ELEMENTWISE.values(), ids=ELEMENTWISE)
+each_whole = pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
+
+
+def made(shapes=SHAPES):
+    return [nn.Parameter(noisy(shape, 10 + key)) for key, shape in enumerate(shapes)]
+
+
+def twins(params):
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def gradient(p, key, step):
+    """Of ordinary size, whatever is trained beside."""
+    target = noisy(p.shape, 20 + key) + 2
+    return 0.5 * (p.detach() - target) + 0.2 * noisy(p.shape, 1000 * (key + 1) + step)
+
+
+def give(params, step, takes, keys=None):
+    """Gives the parameters that take the step their gradients, and the others none."""
+    for key, p in zip(keys or range(len(params)), params, strict=True):
+        p.grad = gradient(p, key, step) if takes(key, step) else None
+
+
+def without(entry, *names):
+    """What is kept of a parameter that is its own: of a group there are counts of skips, and a mark."""
+    return {name: value for name, value in entry.items() if name not in ("skipped_steps", "shards", *names)}
+
+
+def always(key, step):
+    return True
+
+
+def now_and_then(key, step):
+    """Each parameter its own steps; at some there is one, at some there are several, at some none."""
+    return bool(torch.rand((), generator=torch.Generator().manual_seed(7919 * key + step)) < 0.4)
+
+
+class Alone:
+    """Optimizers that hold a parameter each, and are called only at the steps that it takes."""
+
+    def __init__(self, params, options):
+        self.params = twins(params)
+        self.optimizers = [lodo.LODO([p], **options) for p in self.params]
+
+    def start_anew(self, key, p, options):
+        self.params[key] = nn.Parameter(p.detach().clone())
+        self.optimizers[key] = lodo.LODO([self.params[key]], **options)
+
+    def step(self, step, takes, lr=None):
+        give(self.params, step, takes)
+        for p, optimizer in zip(self.params, self.optimizers, strict=True):
+            if p.grad is not None:
+                optimizer.param_groups[0]["lr"] = lr or optimizer.param_groups[0]["lr"]
+                optimizer.step()
+
+    def assert_same(self, params, optimizer):
+        for p, own, one in zip(params, self.params, self.optimizers, strict=True):
+            assert torch.equal(p.detach(), own.detach())
+            if own in one.state:
+                assert_same(without(optimizer.state[p]), without(one.state[own]))
+                assert optimizer.state[p].get("unit", 1) == 1  # or nothing here could be expected to be the same
+
+
+# ---- elementwise networks: each parameter for itself -----------------------------------------------------------------
+
+
+@each_elementwise
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("late", [0, 1, 45])
+def test_a_late_parameter_takes_the_steps_that_it_would_take_from_the_start(late, order, options, where):
+    """And the others do not notice."""
+    params = made()
+    alone, optimizer = Alone(params, options), lodo.LODO(params[::order], **options)
+
+    def takes(key, step):
+        return key != 1 or step >= late
+
+    for step in range(late + 40):
+        give(params, step, takes)
+        optimizer.step()
+        alone.step(step, takes)
+        assert all(torch.equal(p, own) for p, own in zip(params, alone.params, strict=True)), step
+    alone.assert_same(params, optimizer)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [late + 40, 40, late + 40, late + 40]
+
+
+@pytest.mark.parametrize("name", ["recommended", "over adam", "one momentum", "no parts"])
+def test_that_holds_a_thousand_steps_later(name, kernel):
+    params = made()[:2]
+    options = {**ELEMENTWISE[name], "lr": 1e-3}
+    alone, optimizer = Alone(params, options), lodo.LODO(params, **options)
+
+    def takes(key, step):
+        return key == 0 or step >= 1000
+
+    for step in range(1030):
+        give(params, step, takes)
+        optimizer.step()
+        alone.step(step, takes)
+    alone.assert_same(params, optimizer)
+    assert not torch.equal(params[1].detach(), made()[1].detach())
+
+
+@each_elementwise
+def test_a_parameter_without_a_gradient_is_left_alone_and_the_others_go_their_way(options, where):
+    """Each is what it would be in an optimizer that is called at its own steps only, schedules of lr included."""
+    params = made()
+    start, alone, optimizer = flat(params), Alone(params, options), lodo.LODO(params, **options)
+    for step in range(80):
+        lr = options["lr"] * (0.3 if step % 20 < 7 else 1.0)
+        optimizer.param_groups[0]["lr"] = lr
+        before = [(p.detach().clone(), copy.deepcopy(optimizer.state.get(p, {}))) for p in params]
+        give(params, step, now_and_then)
+        optimizer.step()
+        alone.step(step, now_and_then, lr)
+        for p, (x, entry) in zip(params, before, strict=True):
+            if p.grad is None:
+                assert torch.equal(p.detach(), x)
+                assert not entry or assert_same(without(optimizer.state[p]), without(entry)) is None
+    alone.assert_same(params, optimizer)
+    counts = [int(optimizer.state[p]["step"]) for p in params]
+    assert counts == [sum(now_and_then(key, step) for step in range(80)) for key in range(len(params))]
+    assert len(set(counts)) > 2
+    assert (flat(params) - start).abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["recommended", "over adam", "no base", "scales alone"])
+def test_so_do_parameters_at_bounds_and_with_gradients_of_zero(name, where):
+    options = ELEMENTWISE[name]
+    params = made()
+    alone, optimizer = Alone(params, options), lodo.LODO(params, **options)
+    for step in range(80):
+        for own, keys in ((params, None), (alone.params, None)):
+            give(own, step, now_and_then, keys)
+            for key, p in enumerate(own):
+                if p.grad is not None and (step + key) % 4 == 0:
+                    p.grad.zero_()
+        optimizer.step()
+        for p, one in zip(alone.params, alone.optimizers, strict=True):
+            if p.grad is not None:
+                one.step()
+        for own in (params, alone.params):
+            own[0].data.clamp_(-0.5, 0.5)
+            own[1].data.mul_(0.99 if step % 7 == 0 else 1)
+    alone.assert_same(params, optimizer)
+    assert (params[0].detach().abs() == 0.5).any()
+
+
+@each_elementwise
+def test_counts_are_those_of_adam(options):
+    params, others = made(), made()
+    optimizer, adam = lodo.LODO(params, **options), torch.optim.Adam(others)
+    for step in range(40):
+        give(params, step, now_and_then), give(others, step, now_and_then)
+        optimizer.step(), adam.step()
+        for p, q in zip(params, others, strict=True):
+            assert optimizer.state[p].get("step", 0) == adam.state[q].get("step", 0) if p in optimizer.state else True
+
+
+# ---- state that is taken away, exchanged, or comes late --------------------------------------------------------------
+
+
+def follow(params, optimizer, alone, begin, end, takes=always):
+    for step in range(begin, end):
+        give(params, step, takes)
+        optimizer.step()
+        alone.step(step, takes)
+    alone.assert_same(params, optimizer)
+
+
+@each_elementwise
+@pytest.mark.parametrize("place", range(4))
+def test_a_parameter_whose_state_was_popped_starts_anew_and_the_others_go_on(place, options, kernel):
+    params = made()
+    alone, optimizer = Alone(params, options), lodo.LODO(params, **options)
+    follow(params, optimizer, alone, 0, 25)
+    optimizer.state.pop(params[place])
+    alone.start_anew(place, params[place], options)
+    follow(params, optimizer, alone, 25, 60, now_and_then)
+    assert int(optimizer.state[params[place]]["step"]) == sum(now_and_then(place, step) for step in range(25, 60))
+
+
+@each_elementwise
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("shape", [None, (5, 7)], ids=["same", "another"])
+def test_an_exchanged_parameter_starts_anew_and_the_others_go_on(shape, place, options, kernel):
+    params = made()
+    alone, optimizer = Alone(params, options), lodo.LODO(params, **options)
+    follow(params, optimizer, alone, 0, 25)
+    params[place] = nn.Parameter(noisy(params[place].shape if shape is None else shape, 77))
+    optimizer.param_groups[0]["params"][place] = params[place]
+    alone.start_anew(place, params[place], options)
+    follow(params, optimizer, alone, 25, 50)
+    assert int(optimizer.state[params[place]]["step"]) == 25
+
+
+@each_elementwise
+@pytest.mark.parametrize("place", range(4))
+def test_a_parameter_that_a_saved_state_lacks_starts_anew_and_the_others_go_on(place, options, kernel):
+    params = made()
+    alone, optimizer = Alone(params, options), lodo.LODO(params, **options)
+    follow(params, optimizer, alone, 0, 25)
+    saved = through_file(optimizer.state_dict())
+    del saved["state"][place]
+    optimizer = lodo.LODO(params, **options)
+    optimizer.load_state_dict(saved)
+    alone.start_anew(place, params[place], options)
+    follow(params, optimizer, alone, 25, 50)
+
+
+@each_elementwise
+def test_a_frozen_parameter_that_is_unfrozen_is_a_late_one(options, kernel):
+    params = made()
+    alone, optimizer = Alone(params, options), lodo.LODO(params, **options)
+    for p in params[:2]:
+        p.requires_grad_(False)
+
+    def takes(key, step):
+        return params[key].requires_grad
+
+    follow(params, optimizer, alone, 0, 25, takes)
+    params[0].requires_grad_(True)
+    follow(params, optimizer, alone, 25, 50, takes)
+    params[2].requires_grad_(False)
+    params[1].requires_grad_(True)
+    follow(params, optimizer, alone, 50, 75, takes)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [50, 25, 50, 75]
+
+
+@pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
+def test_a_group_that_is_added_late_is_an_optimizer_of_its_own(options, kernel):
+    params, shapes = made(), made(((2, 3), (4, 4)))
+    others, late, own = twins(params), shapes, twins(shapes)
+    optimizer, without_it = lodo.LODO(params, **options), lodo.LODO(others, **options)
+    for step in range(50):
+        if step == 20:
+            optimizer.add_param_group({"params": late})
+            alone = lodo.LODO(own, **options)
+        for each, keys in ((params, None), (others, None), (late, (5, 6)), (own, (5, 6))):
+            give(each, step, always, keys)
+        optimizer.step(), without_it.step()
+        if step >= 20:
+            alone.step()
+    for each, twin, one in ((params, others, without_it), (late, own, alone)):
+        assert torch.equal(flat(each), flat(twin))
+        for p, q in zip(each, twin, strict=True):
+            assert_same(optimizer.state[p], one.state[q])
+
+
+@pytest.mark.parametrize("base", ["adam", "soap"])
+@pytest.mark.parametrize("unit", [2.0**30, 2.0**-30])
+def test_what_comes_from_elsewhere_is_brought_into_the_unit_of_the_others(unit, base, kernel):
+    """By powers of two, which change no bit."""
+    options = {**lodo.RECOMMENDED, "base": base}
+    params = made(((4, 5), (3, 6)))
+    optimizer, others = lodo.LODO(params, **options), twins(params)
+    elsewhere = [lodo.LODO([p], **options) for p in others]
+    for step in range(25):
+        give(params, step, always), give(others, step, always)
+        others[1].grad.mul_(unit / others[1].grad.norm() if step == 0 else unit)
+        for one in (optimizer, *elsewhere):
+            one.step()
+    found = elsewhere[1].state[others[1]]
+    assert found["unit"] == unit
+    assert optimizer.state[params[0]]["unit"] == 1
+    for p in params:
+        optimizer.state[p].clear()
+    optimizer.state[params[0]].update(copy.deepcopy(elsewhere[0].state[others[0]]))
+    optimizer.state[params[1]].update(copy.deepcopy(found))
+    assert optimizer.preconditioners[0] is not None  # asking for it binds the state
+    for name, value in optimizer.state[params[1]].items():
+        if name in POWERS:
+            powers = torch.tensor([unit**power for power in POWERS[name]], dtype=torch.float64)
+            scaled = found[name] * powers.view(-1, *[1] * (found[name].dim() - (len(powers) > 1))).squeeze(0)
+            assert torch.equal(value, scaled), name
+    assert optimizer.state[params[1]]["unit"] == 1
+    for name, value in elsewhere[0].state[others[0]].items():
+        assert torch.equal(optimizer.state[params[0]][name], value), name
+
+
+# ---- a mixture of experts --------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """A layer before and one behind of several experts, of which an input meets two."""
+
+    def __init__(self, experts=6):
+        super().__init__()
+        self.before, self.behind = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+
+    def forward(self, x, chosen):
+        h = self.before(x).tanh()
+        return self.behind(h + sum(self.experts[index](h).tanh() for index in chosen))
+
+
+def batch(step):
+    """Inputs, targets, and the experts that are met: the last ones only later."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(32, 5, generator=generator)
+    chosen = torch.randperm(3 if step < 15 else 6, generator=generator)[:2].tolist()
+    return x, torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2], x.mean(1)], 1), chosen
+
+
+def train(model, optimizer, begin, end):
+    losses = []
+    for step in range(begin, end):
+        x, y, chosen = batch(step)
+        optimizer.zero_grad()
+        loss = (model(x, chosen) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def mean(losses):
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
+def test_experts_train_and_their_run_is_resumed_bit_for_bit(options, where):
+    model = Experts()
+    optimizer = lodo.LODO(model.parameters(), **{**options, "lr": options["lr"] * 3})
+    losses = train(model, optimizer, 0, 70)
+    counts = {int(entry["step"]) for entry in optimizer.state.values()}
+    assert len(counts) > 3
+    saved, other = through_file([model.state_dict(), optimizer.state_dict()]), Experts()
+    other.load_state_dict(saved[0])
+    resumed = lodo.LODO(other.parameters(), **options)
+    resumed.load_state_dict(saved[1])
+    v = torch.randn(resumed.preconditioners[0].size)
+    assert torch.equal(resumed.preconditioners[0].matvec(v), optimizer.preconditioners[0].matvec(v))
+    copied, again = copy.deepcopy((model, optimizer))
+    losses += train(model, optimizer, 70, 140)
+    for each, one in ((other, resumed), (copied, again)):
+        train(each, one, 70, 140)
+        assert_same(each.state_dict(), model.state_dict())
+        assert_same(one.state_dict(), optimizer.state_dict())
+    assert_finite(optimizer)
+    assert optimizer.skipped_steps == 0
+    assert mean(losses[-20:]) < 0.8 * mean(losses[:20])
+    assert optimizer.diagnostics()[0]["steps"] == 140
+
+
+@pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
+@pytest.mark.filterwarnings("ignore:LODO skipped a step")
+def test_a_bad_gradient_of_one_expert_leaves_all_of_them(options, where):
+    model = Experts()
+    optimizer = lodo.LODO(model.parameters(), **options)
+    train(model, optimizer, 0, 30)
+    twin, other = copy.deepcopy((model, optimizer))
+    for step in (100, 101):
+        x, y, chosen = batch(step)
+        optimizer.zero_grad()
+        (model(x, chosen) - y).square().mean().backward()
+        model.experts[chosen[0]].weight.grad[0, 0] = float("nan")
+        optimizer.step()
+    assert optimizer.skipped_steps == 2
+    assert_same(model.state_dict(), twin.state_dict())
+    train(model, optimizer, 30, 45), train(twin, other, 30, 45)
+    assert_same(model.state_dict(), twin.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_same(without(optimizer.state[p]), without(other.state[q]))
+
+
+# ---- networks of the whole group -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["paper", "paper, SGD inside", "residual", "diagonal"])
+@pytest.mark.parametrize("late", [0, 1, 30])
+@pytest.mark.parametrize("place", [0, 2])
+def test_before_its_first_gradient_a_parameter_counts_as_one_of_zeros(name, late, place, where):
+    """It is not moved meanwhile, and all others take the steps that they take with such gradients."""
+    params = made()
+    others, start = twins(params), params[place].detach().clone()
+    optimizer, other = lodo.LODO(params, **WHOLE[name]), lodo.LODO(others, **WHOLE[name])
+    for step in range(late + 30):
+        give(params, step, lambda key, step: key != place or step >= late)
+        give(others, step, always)
+        if step < late:
+            others[place].grad.zero_()
+        optimizer.step(), other.step()
+        if step < late:
+            others[place].data.copy_(start)
+        assert torch.equal(flat(params), flat(others))
+    for key, (p, q) in enumerate(zip(params, others, strict=True)):
+        assert int(optimizer.state[p]["step"]) == (30 if key == place else late + 30)
+        assert_same({**optimizer.state[p], "step": 0}, {**other.state[q], "step": 0})
+
+
+@each_whole
+def test_after_its_first_gradient_one_that_is_missing_counts_as_zero_and_as_a_step(options, where):
+    params = made()
+    others = twins(params)
+    optimizer, other = lodo.LODO(params, **options), lodo.LODO(others, **options)
+    for step in range(40):
+        give(params, step, lambda key, step: step == 0 or now_and_then(key, step)), give(others, step, always)
+        if all(p.grad is None for p in params):
+            continue
+        kept = [q.detach().clone() for q in others]
+        for p, q in zip(params, others, strict=True):
+            if p.grad is None:
+                q.grad.zero_()
+        before = flat(params)
+        optimizer.step(), other.step()
+        if "base" not in options and "scale_lr" not in options:  # whose record sees what is taken back
+            for p, q, x in zip(params, others, kept, strict=True):
+                if p.grad is None:
+                    q.data.copy_(x)
+            assert torch.equal(flat(params), flat(others))
+        for p, x in zip(params, before.split([p.numel() for p in params]), strict=True):
+            assert (p.grad is not None) or torch.equal(p.detach().flatten(), x)
+    assert len({int(optimizer.state[p]["step"]) for p in params}) == 1
+    assert_finite(optimizer)
+
+
+@each_whole
+def test_a_late_parameter_of_a_network_of_the_whole_group_trains(options, where):
+    params = made()
+    optimizer = lodo.LODO(params, **options)
+    start = [p.detach().clone() for p in params]
+    for step in range(120):
+        give(params, step, lambda key, step: key != 1 or step >= 40)
+        optimizer.step()
+        assert torch.equal(params[1].detach(), start[1]) == (step < 40)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [120, 80, 120, 120]
+    for key, (p, x) in enumerate(zip(params, start, strict=True)):
+        target = noisy(p.shape, 20 + key) + 2
+        assert (p.detach() - target).norm() < 0.9 * (x - target).norm()
+    assert_finite(optimizer)
+
+
+@each_whole
+@pytest.mark.parametrize("place", range(4))
+def test_an_exchanged_parameter_of_the_same_size_keeps_the_network(place, options, kernel):
+    params = made()
+    optimizer = lodo.LODO(params, **options)
+    for step in range(20):
+        give(params, step, always)
+        optimizer.step()
+    network = getattr(optimizer.preconditioners[0], "network", optimizer.preconditioners[0])
+    theta, counts = network.theta.clone(), [int(optimizer.state[params[0]]["meta_step"])]
+    others = [copy.deepcopy(optimizer.state[p]) for p in params]
+    gone, params[place] = params[place], nn.Parameter(noisy(params[place].shape, 77))
+    optimizer.param_groups[0]["params"][place] = params[place]
+    optimizer.state.setdefault(params[place], {})
+    if place == 0:  # what hung on the one that has gone
+        names = ("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations", "meta_step", "last_lr", "shards")
+        former = optimizer.state.pop(gone)
+        optimizer.state[params[0]].update({name: former[name] for name in names if name in former})
+    network = getattr(optimizer.preconditioners[0], "network", optimizer.preconditioners[0])
+    assert torch.equal(network.theta, theta)
+    assert int(optimizer.state[params[0]]["meta_step"]) == counts[0] == 20
+    for key, (p, entry) in enumerate(zip(params, others, strict=True)):
+        assert int(optimizer.state[p]["step"]) == (0 if key == place else 20)
+        assert key == place or torch.equal(optimizer.state[p]["momentum"], entry["momentum"])
+    for step in range(20, 40):
+        give(params, step, always)
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [20 if key == place else 40 for key in range(4)]
+    assert_finite(optimizer)
+
+
+LOST = "LODO loaded momentum without the network"
+
+
+@each_whole
+def test_popping_the_first_parameter_takes_the_network_away(options, kernel):
+    """Which is said, once. The others keep what is theirs alone."""
+    params = made()
+    optimizer = lodo.LODO(params, **options)
+    for step in range(20):
+        give(params, step, always)
+        optimizer.step()
+    others = [copy.deepcopy(optimizer.state[p]) for p in params]
+    optimizer.state.pop(params[0])
+    with pytest.warns(UserWarning, match=LOST):
+        network = optimizer.preconditioners[0]
+    fresh = lodo.LODO(twins(params), **options)
+    give(fresh.param_groups[0]["params"], 0, always)
+    fresh.param_groups[0].update(lr=0.0, meta_lr=0.0)
+    fresh.step()
+    expected = fresh.preconditioners[0]
+    assert torch.equal(network.theta, expected.theta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(20, 40):
+            give(params, step, always)
+            optimizer.step()
+            if step == 20:
+                assert [int(optimizer.state[p]["step"]) for p in params] == [1, 21, 21, 21]
+                assert int(optimizer.state[params[0]]["meta_step"]) == 1
+    for p, entry in zip(params[1:], others[1:], strict=True):
+        assert int(entry["step"]) == 20
+        assert int(optimizer.state[p]["step"]) == 40
+    assert_finite(optimizer)
+
+
+@each_whole
+@pytest.mark.parametrize("place", [1, 3])
+def test_popping_another_one_leaves_the_network(place, options, kernel):
+    params = made()
+    optimizer = lodo.LODO(params, **options)
+    for step in range(20):
+        give(params, step, always)
+        optimizer.step()
+    theta = optimizer.preconditioners[0].theta.clone()
+    optimizer.state.pop(params[place])
+    assert torch.equal(optimizer.preconditioners[0].theta, theta)
+    for step in range(20, 40):
+        give(params, step, always)
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [20 if key == place else 40 for key in range(4)]
+    assert int(optimizer.state[params[0]]["meta_step"]) == 40
+    assert_finite(optimizer)
+
+
+@each_whole
+@pytest.mark.parametrize("place", [1, 3])
+def test_an_exchanged_parameter_of_another_size_is_refused_by_the_sizes(place, options, kernel):
+    params = made()
+    optimizer = lodo.LODO(params, **options)
+    for step in range(5):
+        give(params, step, always)
+        optimizer.step()
+    theta = optimizer.state[params[0]]["theta"].clone()
+    params[place] = nn.Parameter(noisy((7, 9), 77))
+    optimizer.param_groups[0]["params"][place] = params[place]
+    give(params, 5, always)
+    before = flat(params)
+    size = sum(p.numel() for p in params)
+    shape = str(tuple(theta.shape)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(RuntimeError, match=rf"theta of shape {shape}.* for the {size} elements .*add_param_group"):
+        optimizer.step()
+    assert torch.equal(flat(params), before)
+    assert torch.equal(optimizer.state[params[0]]["theta"], theta)
+
+
+@each_whole
+def test_a_frozen_first_parameter_of_the_whole_group_may_be_unfrozen(options, kernel):
+    """The network then lies with it, and a run that was saved before and behind goes on bit for bit."""
+    params = made()
+    params[0].requires_grad_(False)
+    optimizer = lodo.LODO(params, **options)
+    start = params[0].detach().clone()
+
+    def takes(key, step):
+        return params[key].requires_grad
+
+    for step in range(60):
+        if step == 30:
+            params[0].requires_grad_(True)
+        if step in (29, 30, 45):
+            others = twins(params)
+            others[0].requires_grad_(params[0].requires_grad)
+            other = lodo.LODO(others, **options)
+            other.load_state_dict(through_file(optimizer.state_dict()))
+        give(params, step, takes)
+        optimizer.step()
+        assert torch.equal(params[0].detach(), start) == (step < 30)
+        assert "theta" in optimizer.state[params[step < 30]]
+        if step >= 29:
+            others[0].requires_grad_(params[0].requires_grad)
+            give(others, step, takes)
+            other.step()
+            assert torch.equal(flat(params), flat(others)), step
+    assert_same(other.state_dict(), optimizer.state_dict())
+    assert int(optimizer.state[params[0]]["step"]) == 30
