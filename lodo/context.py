@@ -46,10 +46,9 @@ class Context(NamedTuple):
         options: of the param group.
         lengths: numbers of elements of its parameters.
         cohorts: of its parameters.
-        active, learning: of the group: whether any cohort takes the step.
+        active, learning: of the group: whether any cohort takes the step, and learns in it.
         lr: of this step, as the schedule has it.
         last_lr: of the last step of the group's network, as `max_step_norm` left it.
-        inner_steps: of the group's network.
         unit: what gradients, and all that is kept of them, are divided by (see `lodo.parts.second_moment`).
         idle: whether the gradient of each parameter is zero; None if that of none is.
         share: how much is left of the last step, between 0 and 1, shape (n,); None if all of it is.
@@ -62,7 +61,6 @@ class Context(NamedTuple):
     learning: Number
     lr: Number
     last_lr: Number
-    inner_steps: Number
     unit: Number = 1.0
     idle: Sequence[Number] | None = None
     share: Tensor | None = None
@@ -97,8 +95,20 @@ class Context(NamedTuple):
 
     @property
     def steps(self) -> Number:
-        """Those of the cohort that has taken most: what the group counts by where it must count as one."""
-        return oldest([cohort.steps for cohort in self.cohorts])
+        """What the group counts by where it must count as one: see `oldest`."""
+        return self._oldest([cohort.steps for cohort in self.cohorts])
+
+    @property
+    def inner_steps(self) -> Number:
+        """The same of the steps of the inner optimizer."""
+        return self._oldest([cohort.inner_steps for cohort in self.cohorts])
+
+    def _oldest(self, counts: Sequence[Number]) -> Number:
+        """Of the cohorts that take this step, if any does: what stands still would salt all roundings alike."""
+        moving = [
+            n for n, cohort in zip(counts, self.cohorts, strict=True) if is_tensor(cohort.active) or cohort.active
+        ]
+        return oldest(moving or counts)
 
 
 def oldest(steps: Sequence[Number]) -> Number:

@@ -53,7 +53,6 @@ class Slot:
         low, high: between which its numbers lie.
         squares: which rows of a table hold second moments, which are not negative.
         powers: of the unit of gradients, that it is of; for a TABLE with rows, those of the rows.
-        is_replicated: it is the same on all ranks.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Slot:
     high: float = math.inf
     squares: tuple[int, ...] = ()
     powers: tuple[int, ...] = (0,)
-    is_replicated: bool = False
 
     @property
     def is_whole(self) -> bool:

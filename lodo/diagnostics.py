@@ -125,7 +125,8 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
         return {}  # of a sharded group: this rank has nothing of it
     moves = [p.grad is not None for p in params]
     moves = moves if any(moves) else [True] * len(moves)
-    lr, last_lr = float(group["lr"]), float(live.counts.last_lr.get())
+    lr, at = float(group["lr"]), live.resting()
+    last_lr = at.per_element(lambda cohort: cohort.last_lr, live.gradient) if network.is_elementwise else at.last_lr
     m, g, x = live.momentum.m, flat.new_vector(), flat.new_vector()
     flat.gather(flat.tensors(params), flat.views(x))
     seconds: dict[str, float] = {}
@@ -159,7 +160,7 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
         if isinstance(operator, Composite):
             e, root = (
                 e * float(live.unit),
-                operator.root(live.resting()),
+                operator.root(at),
             )  # gradients of their own size, of what is kept
             g, e = operator.unscale(operator.rotate(g)) * root, e * root
         h = _hypergradient(network, g, e, last_lr, seconds)
@@ -167,7 +168,7 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     return {**result, **seconds}
 
 
-def _hypergradient(network: Preconditioner, g: Tensor, m: Tensor, lr: float, seconds: dict[str, float]) -> Tensor:
+def _hypergradient(network: Preconditioner, g: Tensor, m: Tensor, lr: Any, seconds: dict[str, float]) -> Tensor:
     """h = -d/dtheta <g, G(theta) m>, of theta's shape, by the kernels that learn from it: with these rates the inner
     Adam moves nothing, and its first moment becomes h. On a copy, for an h that overflows would still ruin theta."""
     twin = type(network).wrap(network.theta.clone(), network.permutations_stored, network.size)

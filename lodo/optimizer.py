@@ -410,13 +410,17 @@ class LODO(Optimizer):
     def _is_up_to_date(self, live: GroupState, group: dict[str, Any]) -> bool:
         if not live.is_bound_to(self.state, group["params"]):
             return False
-        if state_values(live.options) == state_values(group):
+        if all_values(live.options) == all_values(group):
             return True
         check_fixed(group, live.options)
-        dtypes = ("meta_state_dtype", "momentum_dtype")
-        if any(live.options[name] != OPTIONS[name].plain(group[name]) for name in dtypes):
+        if any(
+            live.options[name] != OPTIONS[name].plain(group[name]) for name in ("meta_state_dtype", "momentum_dtype")
+        ):
             return False
-        return slots_of(group, live.names) == live.layout.slots
+        if state_values(live.options) != state_values(group) and slots_of(group, live.names) != live.layout.slots:
+            return False
+        live.options.update({name: group[name] for name in OPTIONS})
+        return True
 
     def _group_state(self, group: dict[str, Any]) -> GroupState:
         """The live state of a group: kept from the last step, or made of `self.state`, or started."""

@@ -58,8 +58,8 @@ class Cell:
 class Column:
     """A tensor of shape (k,), one number for each of the k parameters of a group, read and written as `Number`s.
 
-    On the host it is NumPy that reads and writes the memory, which must stay where it is: who has a column looks whether
-    it has (`lodo.state.group_state.GroupState.is_bound_to`).
+    On the host it is NumPy that reads and writes the memory, which must stay where it is: who has a column looks
+    whether it has (`lodo.state.group_state.GroupState.is_bound_to`).
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -117,6 +117,14 @@ def both(a: Number, b: Number) -> Number:
     return a & b  # type: ignore[operator]
 
 
+def either(conditions: Sequence[Number]) -> Number:
+    """Whether one of several conditions holds."""
+    if len(conditions) == 1:
+        return conditions[0]
+    on_device = [condition for condition in conditions if is_tensor(condition)]
+    return torch.stack(on_device).any() if on_device else any(conditions)
+
+
 def stacked(numbers: Iterable[Number]) -> Tensor:
     """Numbers on an accelerator, as one tensor."""
     return torch.stack(cast(list[Tensor], list(numbers)))
@@ -130,6 +138,6 @@ def at_least_one(count: Number) -> Number:
 def decay_and_add_(trace: Tensor, vector: Tensor, decay: Number) -> None:
     """trace <- decay * trace + vector, in place; a decay may be given for each element."""
     if is_tensor(decay):
-        trace.mul_(decay).add_(vector)
+        torch.addcmul(vector, trace, decay, out=trace)  # rounded once, as below
     else:
         torch.add(vector, trace, alpha=cast(float, decay), out=trace)

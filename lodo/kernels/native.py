@@ -78,7 +78,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("round", [pointer, pointer, size, size, integer]),  # target, values, their number, count, threads
             ("learn_all", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer, pointer]),  # g, judged
             ("advance", [ctypes.POINTER(Group), ctypes.POINTER(Cohort)]),
-            ("learn_scales", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer]),  # g
+            ("learn_parts", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer]),  # g
             ("energies", [ctypes.POINTER(Group), pointer, pointer]),  # g, sums
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")

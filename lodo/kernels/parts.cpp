@@ -383,8 +383,9 @@ template <typename T> void advance(const Group &group, const Cohort *cohorts) {
   });
 }
 
-// `lodo.parts.tensor_scale.TensorScale.learn_`.
-template <typename T> void learn_scales(const Group &group, const Cohort *cohorts, const T *g) {
+// What parts learn from the gradient as it is: `lodo.parts.tensor_scale.TensorScale.learn_`.
+template <typename T> void learn_parts(const Group &group, const Cohort *cohorts, const T *g) {
+  if (group.scale == nullptr) return;
   const Cut cut(group);
   const T *trace = static_cast<const T *>(group.step_trace);
   std::vector<double> parts(cut.chunks.size()), h(group.parameters);
@@ -412,8 +413,8 @@ template <typename T> void energies(const Group &group, const T *g, double *sums
     learn_all<T>(*group, cohorts, g, judged);                                                                          \
   }                                                                                                                    \
   extern "C" void lodo_advance_##SUFFIX(const Group *group, const Cohort *cohorts) { advance<T>(*group, cohorts); }    \
-  extern "C" void lodo_learn_scales_##SUFFIX(const Group *group, const Cohort *cohorts, const T *g) {                  \
-    learn_scales<T>(*group, cohorts, g);                                                                               \
+  extern "C" void lodo_learn_parts_##SUFFIX(const Group *group, const Cohort *cohorts, const T *g) {                   \
+    learn_parts<T>(*group, cohorts, g);                                                                                \
   }                                                                                                                    \
   extern "C" void lodo_energies_##SUFFIX(const Group *group, const T *g, double *sums) {                               \
     energies<T>(*group, g, sums);                                                                                      \

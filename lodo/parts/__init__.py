@@ -18,12 +18,14 @@ PARTS: tuple[type[Part], ...] = (SecondMoment, Eigenbasis, TensorScale, Momentum
 def parts_of(options: Options, found: Container[str] = ()) -> tuple[type[Part], ...]:
     """Those that the options of a param group ask for: exactly one of them is a `Momentum`.
 
-    Those of which there is state go on to be used: `found` is the names of what there is.
+    Those of which there is state go on to be used: `found` is the names of what there is. One gives way to another that
+    is of a kind with it.
 
     Raises:
         ValueError: if the options no longer ask for such a part, and may not change.
     """
     used = [part for part in PARTS if part.is_used(options)]
+    used = [part for part in used if not any(issubclass(other, part) and other is not part for other in used)]
     names = {slot.name for part in used for slot in part.slots(options, found)}
     for part in PARTS:
         has_state, is_wanted = part.mark in found, part.mark in names

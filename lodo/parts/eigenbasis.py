@@ -189,6 +189,8 @@ class Eigenbasis(SecondMoment):
             # Each by itself, as in a box: of a projection that takes back some of all of them more would differ.
             news = list(self._matrices(taken_back(undone, slack=1e-5) & (undone.step * g > 0)))
         for each, gradient, new in zip(self._factored, gradients, news, strict=True):
+            if not at.cohort_of(each.place).active:
+                continue
             if each.place in self._held:
                 pushes = torch.where(each.seen == HELD_FROM_BELOW, gradient > 0, gradient < 0)
                 is_patient = int(at.cohort_of(each.place).steps) % PATIENCE

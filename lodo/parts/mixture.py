@@ -82,7 +82,6 @@ class Mixture(Momentum):
         self.decays = tuple(options["momentum_decays"])
         self._decays = torch.tensor(self.decays, dtype=self.table.dtype, device=self.table.device)
         self._lengths = layout.lengths
-        self._beta = options["beta"]
 
     def start_(self, missing: Mapping[str, Sequence[int]], x: Sequence[Tensor]) -> None:
         super().start_(missing, x)
@@ -90,7 +89,7 @@ class Mixture(Momentum):
 
     def _start_weights_(self, places: Sequence[int]) -> None:
         count = len(self.decays)
-        nearest = min(range(count), key=lambda index: abs(self.decays[index] - self._beta))
+        nearest = min(range(count), key=lambda index: abs(self.decays[index] - self.chosen["beta"]))
         shares = self._decays.new_full((count,), (1 - FIRST_SHARE) / max(count - 1, 1))
         shares[nearest] = FIRST_SHARE if count > 1 else 1.0
         for place in places:

@@ -40,10 +40,6 @@ class Momentum(Part):
     """Whether it is to know which gradients are zero."""
 
     @classmethod
-    def is_used(cls, options: Options) -> bool:
-        return bool(options["momentum_decays"] is None)
-
-    @classmethod
     def slots(cls, options: Options, found: Container[str] = ()) -> tuple[Slot, ...]:
         trace = (
             (Slot("momentum_trace", powers=(1,)),) if options["trace_decay"] > 0 or "momentum_trace" in found else ()

@@ -35,7 +35,7 @@ class SecondMoment(Part):
     options = {"base": Option(None, one_of(None, "adam", "soap"), Role.FIXED, shapes_state=True)}  # noqa: RUF012
     is_factor = True
     has_kernel = True
-    corrects_momentum = True
+    changes_gradients = corrects_momentum = True
     mark, fixed_by = "exp_avg_sq", "base"
 
     @classmethod

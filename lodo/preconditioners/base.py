@@ -3,6 +3,7 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Container
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -130,33 +131,20 @@ class Preconditioner(Operator):
         kind = Kind.ELEMENTS if cls.is_elementwise else Kind.NETWORK
         counts = Kind.TABLE if cls.is_elementwise else Kind.NETWORK
         uses_adam = options["meta_lr"] > 0 and options["meta_optimizer"] == "adam"
-        has_moments = uses_adam or "theta_exp_avg" in found
-        theta = (
-            Slot("theta", kind, network_shape=cls.theta_shape),
-            *(
-                (Slot("permutations", kind, network_shape=cls.permutations_shape, dtype=Dtype.INDEX, low=0.0),)
-                if cls.permutations_shape(1, options) is not None
-                else ()
-            ),
-            *(
-                (
-                    Slot("theta_exp_avg", kind, network_shape=cls.theta_shape, dtype=Dtype.MOMENTS, powers=(1,)),
-                    Slot(
-                        "theta_exp_avg_sq",
-                        kind,
-                        network_shape=cls.theta_shape,
-                        dtype=Dtype.MOMENTS,
-                        low=0.0,
-                        powers=(2,),
-                    ),
-                )
-                if has_moments
-                else ()
-            ),
-            Slot("meta_step", counts, network_shape=_scalar, dtype=Dtype.COUNT, low=0.0),
-        )
-        last_lr = Slot("last_lr", counts, network_shape=_scalar, dtype=Dtype.WIDE)
-        return (*(theta if cls.learns else ()), last_lr)
+        slots = []
+        if cls.learns:
+            slots.append(Slot("theta", kind, network_shape=cls.theta_shape))
+            slots.append(Slot("meta_step", counts, network_shape=_scalar, dtype=Dtype.COUNT, low=0.0))
+        if cls.permutations_shape(1, options) is not None:
+            shape = cls.permutations_shape
+            slots.append(Slot("permutations", kind, network_shape=shape, dtype=Dtype.INDEX, low=0.0))
+        if cls.learns and (uses_adam or "theta_exp_avg" in found):
+            mean = Slot("theta_exp_avg", kind, network_shape=cls.theta_shape, dtype=Dtype.MOMENTS, powers=(1,))
+            slots += [mean, replace(mean, name="theta_exp_avg_sq", low=0.0, powers=(2,))]
+        slots.append(Slot("last_lr", counts, network_shape=_scalar, dtype=Dtype.WIDE))
+        if not cls.is_elementwise:  # what belongs to parameters goes by their steps
+            slots.append(Slot("network_step", counts, network_shape=_scalar, dtype=Dtype.COUNT, low=0.0))
+        return tuple(slots)
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lodo.declarations import Dtype, Kind, Role, Slot
 from lodo.options import OPTIONS, check_options
+from lodo.parts import parts_of
 from lodo.state.layout import MARKS, Entry, State, StateLayout, slots_of
 from lodo.state.sharding import check_saved_like, local, rank_of_fsdp1
 
@@ -75,8 +76,6 @@ def prepare_state_dict(
             continue
         _check_is_complete(where, entries, group["params"])
         # The saved options will replace the present ones, so the state has to fit them too.
-        _check_is_complete(where, entries, group["params"])
-        # The saved options will replace the present ones, so the state has to fit them too.
         described = {**group, **saved, "params": group["params"]}
         required = {slot.name for slot in slots_of(described)}
         is_misfit = GroupCheck(where, entries, group, required).run()
@@ -86,7 +85,7 @@ def prepare_state_dict(
         for key, entry in zip(keys, entries, strict=True):
             if is_misfit and "momentum" in entry:
                 found[key] = {"momentum": entry["momentum"]}
-                if group["base"] is not None:  # in coordinates and units that are lost
+                if any(part.changes_gradients for part in parts_of(group)):  # in coordinates and units that are lost
                     found[key] = {"momentum": torch.zeros_like(entry["momentum"])}
     ids = {key for saved in saved_groups for key in saved["params"]}
     return Prepared(wrap(found, ids), has_new, has_lost)
@@ -206,11 +205,9 @@ def _has_lost_network(entries: list[Any], group: Mapping[str, Any]) -> bool:
     slots = {slot.name: slot for slot in layout.slots if slot.kind is Kind.NETWORK}
     if not slots:
         return False
-    entry = next((entry for entry in entries if layout.key(slots["last_lr"]) in entry), None)
-    counts = [None if entry is None else layout.opened(slots[name], entry) for name in ("meta_step", "last_lr")]
-    # The parameter that it hangs on has taken no step either, if what was saved for it was left out.
-    counts += [] if entry is None else [entry.get("step")]
-    if any(count is not None and bool(count) for count in counts):
+    entry = next((entry for entry in entries if layout.key(slots["network_step"]) in entry), None)
+    count = None if entry is None else layout.opened(slots["network_step"], entry)
+    if count is not None and bool(count):
         return False
     return any(bool(local(entry["momentum"]).any()) for entry in entries if "momentum" in entry)
 
@@ -281,12 +278,14 @@ class GroupCheck:
         if slot.kind is Kind.ELEMENTS:
             check_tensor(what, value, layout.shape_in_state(slot, place), DTYPES[slot.dtype])
             check_saved_like(what, value, self.params[place], len(slot.shape))
-        elif layout.sharding is not None and not slot.is_replicated:
+        elif layout.sharding is not None:
             layout.sharding.check_saved(what, value, layout.shape_in_state(slot, place)[0])
         else:
             check_tensor(what, value, layout.shape(slot, place), DTYPES[slot.dtype])
         opened = layout.opened(slot, entry, place)
         assert opened is not None
+        if slot.kind is not Kind.ELEMENTS:
+            check_tensor(what, opened, layout.shape(slot, place), DTYPES[slot.dtype])
         check_numbers(what, opened, slot.low, slot.high, slot.is_whole)
         for row in slot.squares:
             check_numbers(f"{what}, its second moments", opened[row], 0.0)

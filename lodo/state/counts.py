@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lodo.context import Cohort, Context, oldest
 from lodo.declarations import Options
-from lodo.scalars import Cell, Column, Number, at_least_one, both, is_tensor, where
+from lodo.scalars import Cell, Column, Number, at_least_one, both, either, is_tensor, where
 
 
 class Counts:
@@ -33,6 +33,7 @@ class Counts:
         self.step, self.skipped = Column(tensors["step"]), Column(tensors["skipped_steps"])
         self.last_lr = Column(tensors["last_lr"].reshape(-1))
         self.meta_step = Column(tensors["meta_step"].reshape(-1)) if "meta_step" in tensors else None
+        self._network_step = Column(tensors["network_step"].reshape(-1)) if "network_step" in tensors else None
         self.scheduled_lr = Column(tensors["scheduled_lr"]) if "scheduled_lr" in tensors else None
         self.reset_at = Column(tensors["reset_at"]) if "reset_at" in tensors else None
         self._dtype = self.last_lr.tensor.dtype
@@ -65,6 +66,8 @@ class Counts:
             active: whether the step is taken at all.
             has_gradient: whether each parameter has one.
         """
+        if len(self.partition) > 1 and not is_tensor(active):
+            self.partition = self._same_numbers()  # as a state that is loaded has them
         takes = self._takes(active, has_gradient)
         self._split(takes)
         if not is_tensor(active):
@@ -74,17 +77,24 @@ class Counts:
         for places, own in zip(self.partition, actives, strict=True):
             if own is not False:
                 self.step.add(own, None if is_one else places)
-        learning = active
-        if options["meta_every"] > 1:
-            learning = both(active, self._oldest() % options["meta_every"] == 0)
+        if self._network_step is not None:
+            self._network_step.add(active)
+        learns = [self._learning(options, places[0], own) for places, own in zip(self.partition, actives, strict=True)]
+        learning = either(learns) if self._is_elementwise else self._learning(options, 0, active)
         if self.meta_step is not None and options["meta_lr"] > 0:
-            for places, own in zip(self.partition, actives, strict=True):
-                if not self._is_elementwise or is_one:
-                    self.meta_step.add(learning)
-                    break
-                if own is not False:
-                    self.meta_step.add(learning, places)
-        return self._context(options, active, learning, actives)
+            if not self._is_elementwise or is_one:
+                self.meta_step.add(learning)
+            else:
+                for places, own in zip(self.partition, learns, strict=True):
+                    self.meta_step.add(own, places)
+        return self._context(options, active, learning, actives, learns)
+
+    def _learning(self, options: Options, place: int, active: Number) -> Number:
+        """Whether a step of the cohort of a parameter is one at which the network is learned."""
+        if options["meta_every"] == 1 or active is False:
+            return active
+        count = self._count(place) if self._network_step is None else self._network_step.get()
+        return both(active, count % options["meta_every"] == 0)
 
     def _takes(self, active: Number, has_gradient: Sequence[bool]) -> Sequence[bool | None]:
         """Whether each parameter takes the step; None where only the device knows whether it has taken one before."""
@@ -101,17 +111,22 @@ class Counts:
 
     def resting(self, options: Options) -> Context:
         """What is known between two steps."""
-        return self._context(options, False, False, [False] * len(self.partition))
+        nothing = [False] * len(self.partition)
+        return self._context(options, False, False, nothing, nothing)
 
-    def _context(self, options: Options, active: Number, learning: Number, actives: Sequence[Number]) -> Context:
+    def _context(
+        self,
+        options: Options,
+        active: Number,
+        learning: Number,
+        actives: Sequence[Number],
+        learns: Sequence[Number],
+    ) -> Context:
         cohorts = [
-            self._cohort(options, places, self._computable(own), False if own is False else self._computable(learning))
-            for places, own in zip(self.partition, actives, strict=True)
+            self._cohort(options, places, self._computable(own), self._computable(learns_too))
+            for places, own, learns_too in zip(self.partition, actives, learns, strict=True)
         ]
-        inner_steps = oldest([cohort.inner_steps for cohort in cohorts])
-        return Context(
-            options, self._lengths, cohorts, active, learning, self.lr.get(), self.last_lr.get(), inner_steps
-        )
+        return Context(options, self._lengths, cohorts, active, learning, self.lr.get(), self.last_lr.get())
 
     def _cohort(self, options: Options, places: tuple[int, ...], active: Number, learning: Number) -> Cohort:
         place = places[0]

@@ -22,6 +22,8 @@ from lodo.update import Plain, update_for
 OTHER_GROUPS = """the state of a param group is that of several groups, whose networks act on other parameters; \
 ZeroRedundancyOptimizer can go on with as many ranks as it was saved with"""
 
+NETWORK_COUNTS = ("meta_step", "last_lr", "network_step")
+
 _pointer, _version = Tensor.data_ptr, attrgetter("_version")
 
 
@@ -61,7 +63,7 @@ class GroupState:
             learned is None
             and network_entry is None
             and not BY_NAME[group["preconditioner"]].is_elementwise
-            and any(int(entry["step"]) > 0 for entry in entries if "step" in entry)
+            and any(int(entry["step"]) > 0 for entry in entries if self.layout.has_taken_steps(entry))
         )
         self._check_shapes(entries, network_entry)
         if learned is not None:
@@ -89,8 +91,8 @@ class GroupState:
             missing[slot.name] = []
             for place, view in enumerate(views(slot, tensors[slot.name], self.flat.layout)):
                 entry = entries[place]
-                # Without a count of steps there is at most the momentum of another layout.
-                found = self.layout.opened(slot, entry, place) if "step" in entry or slot.name == "momentum" else None
+                is_wanted = self.layout.has_taken_steps(entry) or slot.name == "momentum"
+                found = self.layout.opened(slot, entry, place) if is_wanted else None
                 if found is None:
                     missing[slot.name].append(place)
                 else:
@@ -114,7 +116,7 @@ class GroupState:
         kept = self.layout.opened(slots["theta"], entry)
         assert kept is not None
         indices = None if "permutations" not in slots else self.layout.opened(slots["permutations"], entry)
-        indices = None if indices is None else indices.to(flat.device).contiguous()
+        indices = None if indices is None else indices.to(flat.device, torch.int32).contiguous()
         return kind.wrap(kept.to(flat.device, flat.dtype).contiguous(), indices, flat.size)
 
     def _start_moments(self, entry: Entry | None) -> inner_optimizer.Moments | None:
@@ -136,7 +138,7 @@ class GroupState:
     def _network_counts(self, entry: Entry | None) -> None:
         """What a network that acts on the whole group counts for it."""
         for slot in self.layout.slots:
-            if slot.kind is Kind.NETWORK and slot.name in ("meta_step", "last_lr"):
+            if slot.kind is Kind.NETWORK and slot.name in NETWORK_COUNTS:
                 kept = None if entry is None else self.layout.opened(slot, entry)
                 dtype = dtype_of(slot, self.options, self.flat.layout)
                 zero = torch.zeros((), dtype=dtype, device=self.flat.device)
@@ -146,7 +148,7 @@ class GroupState:
         """All tensors of a network that acts on the whole group."""
         if self.network.is_elementwise:
             return {}
-        found = {name: self.tensors[name] for name in ("meta_step", "last_lr")}
+        found = {name: self.tensors[name] for name in NETWORK_COUNTS}
         found["theta"] = self.network.theta
         if self.network.permutations_stored is not None:
             found["permutations"] = self.network.permutations_stored
@@ -169,11 +171,12 @@ class GroupState:
     def _make_parts(self, group: dict[str, Any], missing: Mapping[str, list[int]]) -> None:
         x = self.flat.tensors(group["params"])
         for kind in parts_of(group, self.layout.found):
-            kind(self.flat.layout, self.tensors, self.options).start_(missing, x)
-            self.parts.append(kind(self.flat.layout, self.tensors, self.options))  # of what it is now
+            own = {slot.name: self.tensors[slot.name] for slot in kind.slots(group, self.layout.found)}
+            kind(self.flat.layout, own, self.options).start_(missing, x)
+            self.parts.append(kind(self.flat.layout, own, self.options))  # of what it is now
         self.momentum = next(part for part in self.parts if isinstance(part, Momentum))
         self.record = next((part for part in self.parts if isinstance(part, Record)), None)
-        self._unit_part = next((part for part in self.parts if part.corrects_momentum), None)
+        self._unit_part = next((part for part in self.parts if part.changes_gradients), None)
         self.waits = scalars.is_readable(self.tensors["step"]) or any(part.waits for part in self.parts)
 
     def _publish(self, params: Sequence[Tensor], state: State) -> None:
@@ -186,11 +189,14 @@ class GroupState:
             for place, own in enumerate(views(slot, self.tensors[slot.name], self.flat.layout)):
                 shown[place].append(self.layout.shown(slot, own, place))
         keys = [self.layout.key(slot) for slot in with_slots]
-        for p, tensors in zip(params, shown, strict=True):
+        # Of its own memory: distributed checkpoints load in place, and one rank's over all of what is plain.
+        self._steps_to_read = None if self.layout.sharding is None else self.tensors["step"].clone()
+        for place, (p, tensors) in enumerate(zip(params, shown, strict=True)):
             state[p].update(zip(keys, tensors, strict=True))
+            if self._steps_to_read is not None:
+                state[p]["step"] = self._steps_to_read[place]
             self._kept.append((p, itemgetter(*keys), tuple(tensors)))
-        elements = [index for index, slot in enumerate(with_slots) if slot.kind is Kind.ELEMENTS]
-        self._views = [tensors[index] for tensors in shown for index in elements if not is_dtensor(tensors[index])]
+        self._views = [tensor for tensors in shown for tensor in tensors if not is_dtensor(tensor)]
         self._publish_network(params, state, former)
         buffers = [*self.tensors.values(), *self._network_tensors().values()]
         dtensors = [local(tensor) for tensors in shown for tensor in tensors if is_dtensor(tensor)]
@@ -203,8 +209,11 @@ class GroupState:
         entry = state[self._carrier]
         slots = {slot.name: slot for slot in self.layout.slots if slot.kind is Kind.NETWORK}
         if former is not None and former is not entry:
-            for name in (*map(self.layout.key, slots.values()), "shards", "fsdp1_rank"):
+            for name in map(self.layout.key, slots.values()):
                 former.pop(name, None)
+        for p in params:
+            for name in ("shards", "fsdp1_rank"):
+                state[p].pop(name, None)
         own = self._network_tensors()
         shown = {self.layout.key(slots[name]): self.layout.shown(slots[name], own[name]) for name in own}
         entry.update(shown)
@@ -224,12 +233,12 @@ class GroupState:
         self.network.permutations_stored = tensors.get("permutations")
         if self.moments is not None:
             self.moments = (tensors["theta_exp_avg"], tensors["theta_exp_avg_sq"])
-        for name in ("meta_step", "last_lr"):
+        for name in NETWORK_COUNTS:
             self.tensors[name] = tensors[name]
 
     def _make_update(self) -> None:
         """Makes operator and update of the present tensors, of whose memory they have views."""
-        corrects = self._unit_part is not None and not self.momentum.is_corrected
+        corrects = any(part.corrects_momentum for part in self.parts) and not self.momentum.is_corrected
         self.counts = Counts(self.tensors, self.flat.lengths, self.network.is_elementwise, corrects)
         factors = [part for part in self.parts if part.is_factor]
         self.operator: Operator = Composite(self.network, factors) if factors else self.network
@@ -251,6 +260,8 @@ class GroupState:
     def record_versions(self) -> None:
         """What somebody else writes into the tensors from here on is seen."""
         self._versions = list(map(_version, self._watched))
+        if self._steps_to_read is not None:
+            self._steps_to_read.copy_(self.tensors["step"])
 
     def is_bound_to(self, state: State, params: Sequence[Tensor]) -> bool:
         """Whether `state` still holds these very tensors for these parameters, and nobody else has written into them
@@ -290,7 +301,7 @@ class GroupState:
             if slot.kind is Kind.NETWORK:
                 pairs = [] if network_entry is None else [(0, network_entry)]
             else:
-                pairs = [(place, entry) for place, entry in enumerate(entries) if "step" in entry]
+                pairs = [(place, entry) for place, entry in enumerate(entries) if self.layout.has_taken_steps(entry)]
             for place, entry in pairs:
                 value = self.layout.opened(slot, entry, place)
                 expected = self.layout.shape(slot, place)
@@ -300,7 +311,8 @@ class GroupState:
                     raise RuntimeError(
                         f"the network of a param group has theta of shape {tuple(value.shape)}, as it was made for "
                         f"other parameters; for the {self.layout.size} elements that the group has now it would be "
-                        f"{expected}; use add_param_group for new parameters"
+                        f"{expected}; use add_param_group for new parameters, and ZeroRedundancyOptimizer with as many "
+                        "ranks as the state was saved with"
                     )
                 raise RuntimeError(
                     f"{slot.name} in the state of parameter {place} of a param group has shape "
@@ -360,7 +372,7 @@ class GroupState:
         """Multiplies all that is kept of gradients, at these places (None: all), by a power of two: no bit is lost."""
         for slot in self.layout.slots:
             if slot.kind is Kind.NETWORK:
-                tensors = [self._network_tensors()[slot.name]] if any(slot.powers) else []
+                tensors = [self._network_tensors()[slot.name]] if any(slot.powers) and places is None else []
             else:
                 tensors = views(slot, self.tensors[slot.name], self.flat.layout)
                 tensors = tensors if places is None else [tensors[place] for place in places]

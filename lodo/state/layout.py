@@ -26,11 +26,9 @@ from lodo.rounding import kept_dtype
 from lodo.scalars import wide
 from lodo.state.sharding import Sharding, local, shown_as
 
-COMMON = (
-    Slot("step", Kind.TABLE, dtype=Dtype.COUNT, low=0.0, is_replicated=True),
-    Slot("skipped_steps", Kind.TABLE, dtype=Dtype.COUNT, low=0.0),
-)
-MARKS = ("shards", "fsdp1_rank")
+STEP = Slot("step", Kind.TABLE, dtype=Dtype.COUNT, low=0.0)
+COMMON = (STEP, Slot("skipped_steps", Kind.TABLE, dtype=Dtype.COUNT, low=0.0))
+MARKS = ("shards", "fsdp1_rank", "step")  # "step" is there on shards too, for who reads it: this rank's
 
 State = dict[Any, dict[str, Any]]
 Entry = Mapping[str, Any]
@@ -99,9 +97,14 @@ class StateLayout:
 
     def key(self, slot: Slot) -> str:
         """The key of a slot in the state of a parameter."""
-        if self.sharding is None or slot.kind is Kind.ELEMENTS or slot.is_replicated:
+        if self.sharding is None or slot.kind is Kind.ELEMENTS:
             return slot.name
         return self.sharding.key(slot.name)
+
+    def has_taken_steps(self, entry: Entry) -> bool:
+        """Whether the state of a parameter is whole: without a count there is at most the momentum of another number
+        of shards."""
+        return self.key(STEP) in entry
 
     def shape(self, slot: Slot, place: int = 0) -> tuple[int, ...]:
         """Of this rank's tensor."""
@@ -125,7 +128,7 @@ class StateLayout:
         """Of what is in the state: of all ranks together, if these have shards."""
         if slot.kind is Kind.ELEMENTS:
             return (*slot.shape, *self.params[place].shape)
-        if self.sharding is None or slot.is_replicated:
+        if self.sharding is None:
             return self.shape(slot, place)
         return (self.sharding.shards * self._padded(slot, place),)
 
@@ -142,7 +145,7 @@ class StateLayout:
         value = entry.get(self.key(slot))
         if value is not None and slot.kind is Kind.ELEMENTS:
             return local(value)
-        if value is None or self.sharding is None or slot.is_replicated:
+        if value is None or self.sharding is None:
             return value
         shape = self.shape(slot, place)
         return local(value)[: math.prod(shape)].view(shape)
@@ -151,7 +154,7 @@ class StateLayout:
         """What is to be in the state for this rank's tensor: in the same memory, unless it has to be padded."""
         if slot.kind is Kind.ELEMENTS:
             return shown_as(self.params[place], own, len(slot.shape))
-        if self.sharding is None or slot.is_replicated:
+        if self.sharding is None:
             return own
         return self.sharding.spread(own, self._padded(slot, place))
 

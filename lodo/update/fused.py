@@ -39,14 +39,13 @@ class Fused(Plain):
             cohort=ctypes.addressof(self._cohort),
             parameters=len(self.lengths),
             tiny=inner_optimizer.tiny(torch.float64),
-            diagonal=self.operator.diagonal.data_ptr(),
             theta_eps=inner_optimizer.EPS,
             largest_theta=getattr(self.network, "bound", 0.0),
         )
         for part in self.parts:
             part.bind_kernel(self._group)
         self._advance, self._learn = (native.function(name, theta.dtype) for name in ("advance", "learn_all"))
-        self._learn_scales = native.function("learn_scales", theta.dtype)
+        self._learn_parts = native.function("learn_parts", theta.dtype)
         self._energies = native.function("energies", theta.dtype)
 
     @staticmethod
@@ -73,6 +72,7 @@ class Fused(Plain):
                 for place in places:
                     self._cohort[place] = number
         self._group.threads = torch.get_num_threads()
+        self._group.diagonal = self.operator.diagonal.data_ptr()  # which a user may move, for it is public
         for numbers, cohort in zip(self._numbers, at.cohorts, strict=True):
             numbers.active, numbers.steps = cohort.active, at_least_one(cohort.steps)
             numbers.lr, numbers.last_lr = cohort.lr * at.unit, cohort.last_lr * at.unit
@@ -91,8 +91,7 @@ class Fused(Plain):
         return list(self._sums)
 
     def learn_parts_(self, g: Tensor, at: Context) -> None:
-        if self._group.scale:
-            self._learn_scales(self._group, self._numbers, g.data_ptr())
+        self._learn_parts(self._group, self._numbers, g.data_ptr())
 
     def learn_(self, g: Tensor, at: Context) -> None:
         learns, moments, group = self._learns(at), self.moments_in_use(at), self._group

@@ -95,7 +95,9 @@ class Plain:
         momentum.trace_(at)
         step = self.operator.apply(momentum.m).mul_(at.per_element(lambda cohort: cohort.lr * at.unit, g))
         is_active = at.per_element(lambda cohort: cohort.active, g)
-        return step.masked_fill_(is_active == 0, 0) if is_tensor(is_active) else step
+        if is_tensor(is_active):
+            return step.masked_fill_(is_active == 0, 0)
+        return step if is_active else step.zero_()
 
     def refresh_(self, at: Context) -> None:
         """Brings what is computed once a step of G up to date."""

@@ -29,7 +29,7 @@ Number = Callable[[Any], Any]
 
 MOMENTS = ("theta_exp_avg", "theta_exp_avg_sq")
 SHAPED = {"momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written", "theta", *MOMENTS}
-INTEGERS = {"step", "skipped_steps", "meta_step", "reset_at"}
+INTEGERS = {"step", "skipped_steps", "meta_step", "network_step", "reset_at"}
 PACKED = {"factors", "eigenbasis"}
 NUMBERS = {*INTEGERS, "last_lr", "scheduled_lr"}  # what no part computes with
 WIDE = {"scale", "scale_peak", "mixture", "unit", "scheduled_lr", "last_lr"}  # of float64 whatever the parameters are
@@ -119,7 +119,8 @@ class Replay:
         """Of what it keeps, but for its indices."""
         found = {name for kept in (self.shared, *self.own) for name in kept}
         moments = MOMENTS if self.uses_moments or "theta_exp_avg" in found else ()
-        return ["theta", *moments, "meta_step", "last_lr"] if self.kind.learns else ["last_lr"]
+        own = [] if self.kind.is_elementwise else ["network_step"]
+        return [*own, "theta", *moments, "meta_step", "last_lr"] if self.kind.learns else ["last_lr"]
 
     def dtype_of(self, name: str) -> torch.dtype:
         if name in ("momentum", *MOMENTS):
@@ -311,6 +312,8 @@ class Replay:
             takes = [has or t > 0 for has, t in zip(given, self.counted("step"), strict=True)]
         for own, takes_it in zip(self.own, takes, strict=True):
             own["step"] += takes_it
+        if self.shared:
+            self.shared["network_step"] += 1
         if options["meta_lr"] > 0 and self.kind.learns and max(self.counted("step")) % options["meta_every"] == 0:
             for counting in [own for own, has in zip(self.own, takes, strict=True) if has and "meta_step" in own]:
                 counting["meta_step"] += 1

@@ -95,10 +95,15 @@ def rates() -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional=RATES)
 
 
+def parts(bases: tuple[str | None, ...] = (None, None, "adam", "soap")) -> st.SearchStrategy[dict[str, Any]]:
+    """The options that ask for parts that a group with state must keep."""
+    return st.fixed_dictionaries({"base": st.sampled_from(bases), "momentum_decays": st.sampled_from(DECAYS)})
+
+
 def options(bases: tuple[str | None, ...] = (None, None, "adam", "soap")) -> st.SearchStrategy[dict[str, Any]]:
     """All the options of a param group but for lr."""
-    parts = st.fixed_dictionaries({"base": st.sampled_from(bases), "momentum_decays": st.sampled_from(DECAYS)})
-    return st.builds(lambda *drawn: possible({**drawn[0], **drawn[1], **drawn[2]}), architectures(), parts, rates())
+    every = (architectures(), parts(bases), rates())
+    return st.builds(lambda *drawn: possible({**drawn[0], **drawn[1], **drawn[2]}), *every)
 
 
 def possible(options: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,17 @@ from tests.helpers.states import through_file
 KERNELS = (*draw.KERNELS, "scalars on the device")
 ARCHITECTURE = ("preconditioner", "depth", "block_size", "expansion", "permutation", "base", "momentum_decays", "seed")
 REPLACED = (
-    *("theta", "permutations", "theta_exp_avg", "theta_exp_avg_sq", "meta_step", "last_lr", "step", "skipped_steps"),
+    *(
+        "theta",
+        "permutations",
+        "theta_exp_avg",
+        "theta_exp_avg_sq",
+        "meta_step",
+        "last_lr",
+        "step",
+        "skipped_steps",
+        "network_step",
+    ),
     *("momentum", "momentum_trace", "exp_avg_sq", "unit", "factors", "eigenbasis", "seen"),
     *("scale", "scale_peak", "step_trace", "momenta", "mixture", "written", "scheduled_lr", "reset_at"),
 )

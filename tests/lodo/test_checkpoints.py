@@ -15,7 +15,7 @@ from torch import nn
 import lodo
 from benchmarks.faults.training import fingerprint
 from lodo.declarations import Dtype, Kind
-from lodo.state.layout import MARKS, slots_of
+from lodo.state.layout import slots_of
 from tests.helpers import resume
 from tests.helpers.states import assert_same, edit, fresh_pair, through_file
 
@@ -458,7 +458,7 @@ def test_every_key_of_every_entry_is_checked(options):
     before, refused = fingerprint(optimizer.state_dict()), 0
     for key, entry in saved["state"].items():
         kept = {name: slot for name, slot in slots.items() if slot.kind is not Kind.NETWORK or name in entry}
-        assert entry.keys() - set(MARKS) == kept.keys()
+        assert entry.keys() - {"shards"} == kept.keys()
         for name, slot in kept.items():
             for message, value in damages(slot, entry[name]):
                 damaged = {**entry, name: value}

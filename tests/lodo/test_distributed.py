@@ -111,8 +111,8 @@ class Twin:
         self.optimizer.step()
 
     def assert_same(self, optimizer):
-        """Parameters and state agree in every bit. What is shaped like a parameter is spread as that is; of the rest
-        all but the counts of steps is this rank's alone, padded with zeros."""
+        """Parameters and state agree in every bit. What is shaped like a parameter is spread as that is; the rest is
+        this rank's alone, padded with zeros. The count of steps is there as a plain number too."""
         slots = {slot.name: slot for slot in slots_of(self.optimizer.param_groups[0])}
         shards = [int(optimizer.state[p]["shards"]) for p in self.originals if "shards" in optimizer.state[p]]
         assert len(shards) == 1
@@ -121,6 +121,8 @@ class Twin:
             if all(p.numel() == 0 for p in self.params):
                 continue
             expected, found = self.optimizer.state[p], dict(optimizer.state[original])
+            if shards != [1]:
+                assert torch.equal(found.pop("step"), expected["step"])
             for name, value in expected.items():
                 if name == "shards":
                     kept = found.pop(name)
@@ -133,7 +135,7 @@ class Twin:
                         moved = [Shard(at.dim + lead) if isinstance(at, Shard) else at for at in original.placements]
                         assert list(kept.placements) == moved
                     assert torch.equal(local(kept), value), name
-                elif slots[name].is_replicated or shards == [1]:
+                elif shards == [1]:
                     kept = found.pop(name)
                     assert type(kept) is torch.Tensor
                     assert torch.equal(kept, value), name

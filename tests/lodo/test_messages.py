@@ -33,7 +33,7 @@ def scheduled_step():
 def load_of_momentum_alone():
     _, optimizer = stepped()
     saved = optimizer.state_dict()
-    for name in ("step", "meta_step", "last_lr"):
+    for name in ("network_step", "meta_step", "last_lr"):
         saved["state"][0][name] = torch.zeros_like(saved["state"][0][name])
     return lambda: optimizer.load_state_dict(saved)
 

@@ -1,5 +1,6 @@
 """LODO as a torch optimizer: its equivalences, groups, arguments, dtypes, layouts, schedulers."""
 
+import copy
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,13 @@ import lodo
 from tests.helpers.oracle import KINDS, learned, quadratic
 from tests.helpers.training import assert_equal, data, mlp, parameters_of, train
 
+ELEMENTWISE = {
+    "recommended": lodo.RECOMMENDED,
+    "recommended with adam": {**lodo.RECOMMENDED, "base": "adam", "weight_decay": 0.1},
+    "gains alone": {"preconditioner": "log_diagonal", "lr": 0.1, "momentum_dtype": "bfloat16"},
+    "scales alone": {"preconditioner": "identity", "scale_lr": 0.03, "lr": 0.1},
+}
+elementwise = pytest.mark.parametrize("options", ELEMENTWISE.values(), ids=ELEMENTWISE)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -309,6 +317,115 @@ def test_parameters_without_gradients_are_not_written_and_count_as_zero():
         other.step()
     assert torch.equal(moving, twin_moving)
     assert not torch.equal(twin, still)
+
+
+def step_with(params, optimizer, gradients):
+    """A step on gradients, some of them None; returns copies of the state of each parameter."""
+    for p, gradient in zip(params, gradients, strict=True):
+        p.grad = None if gradient is None else gradient.clone()
+    optimizer.step()
+    return [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in params]
+
+
+def assert_same_entries(found, expected):
+    """But for the number of shards, which stands in one entry of a group."""
+    assert found.keys() - {"shards"} == expected.keys() - {"shards"}
+    for name in expected.keys() - {"shards"}:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@elementwise
+def test_a_parameter_without_a_gradient_is_left_alone_as_adam_does(options, kernel):
+    params = [nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    optimizer = lodo.LODO(params, **options)
+    gradients = [torch.randn(4, 3) for _ in range(2)]
+    for _ in range(3):
+        before = step_with(params, optimizer, gradients)
+    still = params[1].detach().clone()
+    for _ in range(4):
+        after = step_with(params, optimizer, [gradients[0], None])
+    assert torch.equal(params[1], still)
+    assert_same_entries(after[1], before[1])
+    assert [int(entry["step"]) for entry in after] == [7, 3]
+    after = step_with(params, optimizer, gradients)
+    assert [int(entry["step"]) for entry in after] == [8, 4]
+    assert not torch.equal(params[1], still)
+
+
+@elementwise
+def test_a_parameter_that_has_its_first_gradient_late_is_as_one_in_an_optimizer_of_its_own(options, kernel):
+    params = [nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    alone = nn.Parameter(params[1].detach().clone())
+    optimizer, other = lodo.LODO(params, **options), lodo.LODO([alone], **options)
+    for step in range(25):
+        gradients = [torch.randn(4, 3) for _ in range(2)]
+        if step < 5:
+            (_, entry) = step_with(params, optimizer, [gradients[0], None])
+            assert int(entry["step"]) == 0
+            continue
+        (_, entry), (expected,) = step_with(params, optimizer, gradients), step_with([alone], other, gradients[1:])
+        torch.testing.assert_close(params[1], alone, rtol=1e-5, atol=1e-6)
+        assert int(entry["step"]) == int(expected["step"]) == step - 4
+
+
+@elementwise
+@pytest.mark.parametrize("how", ["popped", "exchanged", "joins"])
+def test_a_new_parameter_starts_anew_and_the_others_go_on(options, how, kernel):
+    params = [nn.Parameter(torch.randn(4, 3)) for _ in range(3)]
+    if how == "joins":
+        params.pop()
+    optimizer = lodo.LODO(params, **options)
+    for _ in range(12):
+        step_with(params, optimizer, [torch.randn(4, 3) for _ in params])
+    twins, twin = copy.deepcopy((params, optimizer))
+    if how == "popped":
+        optimizer.state.pop(params[1])
+    elif how == "exchanged":
+        optimizer.state.pop(params[1])
+        params[1] = optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.randn(4, 3))
+    else:
+        params.insert(1, nn.Parameter(torch.randn(4, 3)))
+        optimizer.param_groups[0]["params"].append(params[1])
+    alone = nn.Parameter(params[1].detach().clone())
+    other = lodo.LODO([alone], **options)
+    for step in range(12):
+        gradients = [torch.randn(4, 3) for _ in range(3)]
+        entries = step_with(params, optimizer, gradients)
+        expected = step_with(twins, twin, gradients if len(twins) == 3 else gradients[::2])
+        step_with([alone], other, gradients[1:2])
+        for found, wanted in ((0, 0), (2, -1)):
+            torch.testing.assert_close(params[found], twins[wanted], rtol=1e-5, atol=1e-6)
+            assert int(entries[found]["step"]) == int(expected[wanted]["step"]) == 13 + step
+        torch.testing.assert_close(params[1], alone, rtol=1e-5, atol=1e-6)
+        assert int(entries[1]["step"]) == 1 + step
+
+
+@pytest.mark.parametrize("kind", ["block_permutation", "residual", "diagonal", "scalar"])
+@pytest.mark.parametrize("options", [{}, {"base": "adam", "trace_decay": 0.9}, {"base": "soap"}], ids=str)
+def test_to_a_network_of_the_whole_group_a_missing_gradient_is_zero_once_there_was_one(kind, options, kernel):
+    options = {"lr": 0.05, "depth": 3, "preconditioner": kind, **options}
+    params = [nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(2)]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, twin = lodo.LODO(params, **options), lodo.LODO(twins, **options)
+    for step in range(8):
+        gradients = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
+        still = params[1].detach().clone()
+        if step < 2:
+            first, entry = step_with(params, optimizer, [gradients[0], None])
+            assert (int(entry["step"]), entry["momentum"].any()) == (0, False)
+            assert int(first["step"]) == step + 1
+            step_with(twins, twin, [gradients[0], None])
+        elif step < 4:
+            step_with(params, optimizer, gradients), step_with(twins, twin, gradients)
+            assert not torch.equal(params[1], still)
+        else:
+            _, entry = step_with(params, optimizer, [gradients[0], None])
+            _, expected = step_with(twins, twin, [gradients[0], torch.zeros(4, 3, dtype=torch.float64)])
+            assert torch.equal(params[1], still)
+            assert torch.equal(entry["momentum"], expected["momentum"])
+            assert int(entry["step"]) == int(expected["step"]) == step - 1
+        assert torch.equal(params[0], twins[0])
+        assert torch.equal(optimizer.preconditioners[0].theta, twin.preconditioners[0].theta)
 
 
 def test_empty_parameters_and_groups():

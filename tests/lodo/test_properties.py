@@ -219,11 +219,8 @@ def test_the_order_of_groups_does_not_matter(plans, options, order, bad):
             if step == 2 and bad is not None:
                 params[bad].grad.fill_(float("nan"))
             optimizer.step()
-        states = [{k: v for k, v in optimizer.state[p].items() if k != "format"} for p in params]
-        results.append({str(i): (p.detach(), *states[i].values()) for i, p in enumerate(params)})
-    for name, tensors_found in results[0].items():
-        for a, b in zip(tensors_found, results[1][name], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        results.append([{"parameter": p.detach(), **optimizer.state[p]} for p in params])
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
 @given(
@@ -250,7 +247,60 @@ def test_a_bad_number_anywhere_changes_nothing(plans, options, bad, at, steps):
     after = everything(params, optimizer)
     assert_same(after[0], before[0])
     for index, entry in before[1]["state"].items():  # empty where this was the first step
-        assert_same({**after[1]["state"][index], "skipped": None}, {**entry, "skipped": None} if entry else {})
+        assert_same(
+            {**after[1]["state"][index], "skipped_steps": None}, {**entry, "skipped_steps": None} if entry else {}
+        )
+
+
+# ---- parameters that come late, are absent or are exchanged ----------------------------------------------------------
+
+EVENTS = ("gradient", "gradient", "gradient", "none", "zero", "forgotten", "exchanged")
+calls = st.lists(st.lists(st.sampled_from(EVENTS), min_size=3, max_size=3), min_size=2, max_size=8)
+OF_ALL = {"max_step_norm", "meta_every", "meta_state_dtype", "momentum_dtype"}  # what hangs on the whole group
+elementwise = st.builds(
+    lambda kind, options: {"preconditioner": kind, **{k: v for k, v in options.items() if k not in OF_ALL}},
+    st.sampled_from(("log_diagonal", "log_diagonal", "identity")),
+    st.builds(lambda parts, rates: {**parts, **rates}, draw.parts(), draw.rates()),
+)
+
+
+@given(
+    shapes=st.lists(draw.shapes, min_size=3, max_size=3),
+    options=elementwise,
+    dtype=draw.wide_dtypes,
+    kernel=draw.kernels,
+    calls=calls,
+)
+def test_each_parameter_of_an_elementwise_network_is_as_in_an_optimizer_of_its_own(
+    shapes, options, dtype, kernel, calls
+):
+    """Whichever steps it has a gradient at, and whatever becomes of the others: each has its own history."""
+    if options["base"] == "soap":
+        assume(len({len(shape) > 1 for shape in shapes}) == 1)  # only groups without matrices have bases of vectors
+    params = [nn.Parameter(draw.numbers(shape, i, dtype)) for i, shape in enumerate(shapes)]
+    alone = [nn.Parameter(p.detach().clone()) for p in params]
+    with draw.running(kernel):
+        optimizer = lodo.LODO(params, lr=0.125, **options)
+        others = [lodo.LODO([p], lr=0.125, **options) for p in alone]
+        for number, events in enumerate(calls):
+            for i, event in enumerate(events):
+                if event in ("forgotten", "exchanged"):
+                    optimizer.state.pop(params[i], None)
+                    if event == "exchanged":
+                        params[i] = nn.Parameter(draw.numbers(shapes[i], 100 * number + i, dtype))
+                        optimizer.param_groups[0]["params"][i] = params[i]
+                    alone[i] = nn.Parameter(params[i].detach().clone())
+                    others[i] = lodo.LODO([alone[i]], lr=0.125, **options)
+                gradient = draw.numbers(shapes[i], 10 * number + i, dtype)
+                gradient = 0.1 * (gradient + gradient.sign()) * (event != "zero")  # of ordinary size: no unit but 1
+                params[i].grad, alone[i].grad = (None if event == "none" else gradient.clone() for _ in range(2))
+            optimizer.step()
+            for p, q, other in zip(params, alone, others, strict=True):
+                other.step()
+                assert torch.equal(p, q)
+                for name, value in other.state.get(q, {}).items():
+                    if name not in ("shards", "unit"):  # the unit is that of the first that has one
+                        torch.testing.assert_close(optimizer.state[p][name], value, rtol=0, atol=0, msg=name)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -290,7 +340,9 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "trace_decay": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
     "base": st.sampled_from((1, True, [], torch.optim.Adam)) | words,
     "scale_lr": wrong_numbers | st.just(torch.tensor(0.5)),
-    "momentum_decays": st.sampled_from(((), [], 0.9, "0.9", (1.0,), (0.5, -0.1), (None,), (True,), [0.9, "a"], np.array([0.9])))
+    "momentum_decays": st.sampled_from(
+        ((), [], 0.9, "0.9", (1.0,), (0.5, -0.1), (None,), (True,), [0.9, "a"], np.array([0.9]))
+    )
     | wrong_numbers.map(lambda value: (0.9, value)),
     "mix_lr": wrong_numbers | st.just(torch.tensor(0.5)),
     "scale_trace_decay": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
@@ -342,7 +394,9 @@ damages = st.sampled_from((None, "removed", "text", 0, 1, 2, 3, -1, 1.5, True, [
 @given(
     kind=st.sampled_from((*KINDS, "identity")),
     permutation=st.sampled_from(("random", "shuffle")),
-    parts=st.sampled_from(({}, {"base": "adam", "trace_decay": 0.5}, {"base": "soap", "scale_lr": 0.1, "trace_decay": 0.5})),
+    parts=st.sampled_from(
+        ({}, {"base": "adam", "trace_decay": 0.5}, {"base": "soap", "scale_lr": 0.1, "trace_decay": 0.5})
+    ),
     number=st.integers(0, 1),
     key=st.integers(0, 20),
     damage=damages,
