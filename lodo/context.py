@@ -39,6 +39,24 @@ class Cohort(NamedTuple):
     scheduled_lr: Number = 0.0
 
 
+class Index:
+    """Where the numbers of cohorts belong: made once for a partition, for a device waits for what it is sent.
+
+    Attributes:
+        of_parameter: the number of each parameter's cohort, int64 (k,).
+        lengths: numbers of elements, int64 (k,).
+    """
+
+    def __init__(self, partition: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> None:
+        index = torch.empty(len(lengths), dtype=torch.int64, device="cpu")
+        for number, places in enumerate(partition):
+            index[list(places)] = number
+        self.of_parameter, self.lengths = (
+            index.to(device),
+            torch.tensor(lengths, dtype=torch.int64, device="cpu").to(device),
+        )
+
+
 class Context(NamedTuple):
     """What is known of a step before it is taken.
 
@@ -52,6 +70,7 @@ class Context(NamedTuple):
         unit: what gradients, and all that is kept of them, are divided by (see `lodo.parts.second_moment`).
         idle: whether the gradient of each parameter is zero; None if that of none is.
         share: how much is left of the last step, between 0 and 1, shape (n,); None if all of it is.
+        layout: of the cohorts, if there are several.
     """
 
     options: Options
@@ -64,19 +83,17 @@ class Context(NamedTuple):
     unit: Number = 1.0
     idle: Sequence[Number] | None = None
     share: Tensor | None = None
+    layout: Index | None = None
 
     def per_parameter(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:
         """A number of each cohort: itself if there is one, else for each parameter, shape (k,), in `like`'s dtype."""
-        if len(self.cohorts) == 1:
-            only = number(self.cohorts[0])
-            return only.to(like.dtype) if is_tensor(only) else only
-        found = torch.empty(len(self.lengths), dtype=like.dtype)
         numbers = [number(cohort) for cohort in self.cohorts]
-        if any(map(is_tensor, numbers)):
-            found = found.to(like.device)
-        for cohort, own in zip(self.cohorts, numbers, strict=True):
-            found[list(cohort.places)] = own.to(like.dtype) if is_tensor(own) else own
-        return found.to(like.device)
+        if len(numbers) == 1:
+            return numbers[0].to(like.dtype) if is_tensor(numbers[0]) else numbers[0]
+        if not any(map(is_tensor, numbers)) and like.device.type == "cpu":
+            return torch.tensor(numbers, dtype=like.dtype, device="cpu")[self._index_on(like.device).of_parameter]
+        each = [n.to(like.dtype) if is_tensor(n) else like.new_full((), float(n)) for n in numbers]
+        return torch.stack(each)[self._index_on(like.device).of_parameter]
 
     def per_element(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:
         """A number of each cohort: itself if there is one, else for each element, shape (n,), in `like`'s dtype."""
@@ -86,8 +103,11 @@ class Context(NamedTuple):
     def spread(self, numbers: Number | Tensor, like: Tensor) -> Tensor:
         """(k,) numbers, each repeated for the elements of its parameter: (n,)."""
         assert isinstance(numbers, Tensor)
-        counts = torch.tensor(self.lengths, device=like.device)
+        counts = self._index_on(like.device).lengths
         return torch.repeat_interleave(numbers.to(like.dtype), counts, output_size=sum(self.lengths))
+
+    def _index_on(self, device: torch.device) -> "Index":
+        return self.layout or Index([cohort.places for cohort in self.cohorts], self.lengths, device)
 
     def cohort_of(self, place: int) -> Cohort:
         """That of the parameter at a place."""

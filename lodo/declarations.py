@@ -52,7 +52,7 @@ class Slot:
         dtype: what it is kept in.
         low, high: between which its numbers lie.
         squares: which rows of a table hold second moments, which are not negative.
-        powers: of the unit of gradients, that it is of; for a TABLE with rows, those of the rows.
+        powers: it is multiplied by factor ** power when the unit of gradients changes; for a TABLE with rows, theirs.
     """
 
     name: str

@@ -15,6 +15,7 @@ from lodo.options import (
     check_fixed,
     check_lr,
     check_options,
+    fixed_options,
     made_plain,
     refuse_others,
     state_values,
@@ -133,6 +134,7 @@ class LODO(Optimizer):
         check_options(defaults)
         self._live: dict[Tensor, GroupState] = {}
         self._checked: dict[Tensor, tuple[Any, ...]] = {}
+        self._fixed: dict[Tensor, dict[str, Any]] = {}  # the options of groups with state that may not change
         self._next_warning = 1  # so many skipped steps
         self._is_broken_off = False
         # Of the state dict that was loaded last: it was of another number of shards, or had lost networks.
@@ -148,7 +150,8 @@ class LODO(Optimizer):
         Scales, gains and the weights of the momenta, which learn ever more slowly in a long training, go back to their
         start and learn at least as fast as there; averages last as long and eigenbases are renewed as often. What
         is known of the gradients stays: momenta, second moments, eigenbases. So do the counts of steps. The paper's
-        method learns at a constant rate, and is left as it is.
+        method learns at a constant rate, and is left as it is. A step that was captured in a CUDA graph is to be
+        captured anew.
 
         Args:
             group: index of a param group; None for all.
@@ -254,8 +257,9 @@ class LODO(Optimizer):
         """Takes one step on the gradients in `.grad`; see `lodo.step`.
 
         In a CUDA graph (`capturable=True`) an lr that is to change between replays must be a tensor on the device; the
-        other options are fixed when the graph is captured. Skipped steps are counted there, without a warning. After
-        loading a state, and after a change of an option that state depends on, capture anew.
+        other options are fixed when the graph is captured, and so is which parameters have a gradient: the same as in
+        the step before. Skipped steps are counted there, without a warning. After loading or exchanging state, after
+        `reset`, and after a change of an option that state depends on, capture anew.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -321,9 +325,8 @@ class LODO(Optimizer):
         values = all_values(group)
         if self._checked.get(group["params"][0]) != values:
             check_options(group)
-            live = self._live.get(group["params"][0])
-            if live is not None:
-                check_fixed(group, live.options)
+            if (former := self._fixed.get(group["params"][0])) is not None:
+                check_fixed(group, former)
             self._checked[group["params"][0]] = values
 
     def _is_captured(self) -> bool:
@@ -393,11 +396,13 @@ class LODO(Optimizer):
         unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
         super().__setstate__(saved)
         self._is_broken_off = saved.get("_is_broken_off", False)
-        self._live, self._checked = {}, {}  # rebuilt from `self.state` when it is next needed
+        self._live, self._checked, self._fixed = {}, {}, {}  # the first is rebuilt when it is next needed
         self._next_warning = 1
         for group in self.param_groups:
-            for name in OPTIONS:
-                group.setdefault(name, self.defaults[name])
+            for name, option in OPTIONS.items():
+                group.setdefault(name, self.defaults.get(name, option.default))
+            if group["params"] and self._has_state(group):
+                self._fixed[group["params"][0]] = fixed_options(group)
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         return has_state(group["params"], self.state)
@@ -435,11 +440,12 @@ class LODO(Optimizer):
         live = GroupState(group, self.state) if live is None else live
         if live.has_lost_network:
             warn(LOST_NETWORK)
-        self._live[first] = live
+        self._live[first], self._fixed[first] = live, fixed_options(group)
         firsts = {each["params"][0] for each in self.param_groups if each["params"]}
         for gone in self._live.keys() - firsts:  # exchanged for other parameters
             del self._live[gone]
             self._checked.pop(gone, None)
+            self._fixed.pop(gone, None)
         return live
 
 

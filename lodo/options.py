@@ -127,6 +127,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def fixed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that must stay for a param group with state."""
+    return {name: options[name] for name, option in OPTIONS.items() if option.role is Role.FIXED}
+
+
 def check_fixed(options: Mapping[str, Any], former: Mapping[str, Any]) -> None:
     """Refuses changes of options that must stay for a param group with state.
 

@@ -109,11 +109,11 @@ def update_basis_(live: GroupState, g: Tensor, rotated: Tensor | None, at: Conte
 def subtract_(live: GroupState, step: Tensor, at: Context, params: list[Tensor]) -> None:
     """Line 4: subtracts a step from the parameters that have a gradient, bounded, and with weight decay."""
     options, flat = at.options, live.flat
-    tensors, parts = flat.tensors(params), flat.views(step)
-    moves = [p.grad is not None for p in params]
+    tensors, moves = flat.tensors(params), [p.grad is not None for p in params]
+    parts = flat.views(step) if live.record is None or not all(moves) else []
     factor: Number = 1.0
     is_finite: Number = True
-    if options["max_step_norm"] is not None or live.record is not None:
+    if parts and (options["max_step_norm"] is not None or live.record is not None):
         flat.mask_(parts, moves)
     if options["max_step_norm"] is not None or options["weight_decay"] != 0:
         flat.gather(tensors, live.gradient_views)  # into the memory of the gradient, which has done its work
@@ -125,7 +125,7 @@ def subtract_(live: GroupState, step: Tensor, at: Context, params: list[Tensor])
     if options["weight_decay"] != 0:
         # Part of the one subtraction, so that a low-precision parameter is rounded once.
         step.add_(decay(live, live.gradient, at.lr, at).mul_(at.active * is_finite))
-        if live.record is not None:
+        if parts and live.record is not None:
             flat.mask_(parts, moves)
     for part in live.parts:
         part.record_(step, at)

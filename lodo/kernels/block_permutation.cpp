@@ -481,3 +481,5 @@ struct Arguments {
 
 LODO_ENTRY_POINTS(float, f32)
 LODO_ENTRY_POINTS(double, f64)
+
+extern "C" int64_t lodo_size_of_network() { return sizeof(Arguments); }

@@ -69,7 +69,12 @@ def _build_and_load(compiler: str, flags: tuple[str, ...], folder: Path) -> ctyp
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes the arguments."""
+    """Tells ctypes the arguments, and looks whether both sides declare the same structures."""
+    for structure in (Cohort, Group, Network):
+        size = getattr(loaded, f"lodo_size_of_{structure.__name__.lower()}")
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(structure):
+            raise AttributeError(f"{structure.__name__} has another size in C++")
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for suffix in SUFFIX.values():
         for name, types in (

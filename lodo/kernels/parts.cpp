@@ -1,5 +1,5 @@
 // CPU kernels of the step whose G is diagonal (lodo/update/fused.py): one pass over memory for lines 1 and 2 of
-// Algorithm 1, one for lines 3 and 4, and no call for each parameter of a group.
+// Algorithm 1, two for lines 3 and 4, and no call for each parameter of a group.
 //
 // Built with block_permutation.cpp by native.py and called through ctypes. The plain form is lodo/update/plain.py with
 // what it calls in lodo/parts, lodo/preconditioners/log_diagonal.py and, for what moves the small tables,
@@ -25,7 +25,8 @@ struct Descent {
   double rate, forget1, forget2, bias1, bias2;
 };
 
-// The numbers of a step of the inner optimizer; of lodo/kernels/structures.py, as all structures with these names.
+// The numbers of a step of the inner optimizer. Declared again, field by field, in lodo/kernels/structures.py; so are
+// Cohort and Group, whose sizes native.py compares.
 struct Rates {
   double step_size, forget1, keep2, forget2;
 };
@@ -270,7 +271,7 @@ void take_in_and_add(T *__restrict momentum, const T *__restrict g, Forgetting<T
   for (int64_t i = 0; i < count; ++i) sum[i] += share * (momentum[i] = forgetting(momentum[i], g[i]));
 }
 
-// e <- trace * e + m, unless that is null; step = lr * diagonal * m.
+// e <- trace * e + m, unless e is null; step = lr * diagonal * m.
 template <typename T>
 void finish(T *__restrict e, T *__restrict step, const T *__restrict m, const T *__restrict diagonal, T trace, T lr,
             int64_t count) {
@@ -422,3 +423,6 @@ template <typename T> void energies(const Group &group, const T *g, double *sums
 
 LODO_PARTS(float, f32)
 LODO_PARTS(double, f64)
+
+extern "C" int64_t lodo_size_of_cohort() { return sizeof(Cohort); }
+extern "C" int64_t lodo_size_of_group() { return sizeof(Group); }

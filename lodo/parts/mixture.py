@@ -8,8 +8,8 @@ softmax of u_j on parameter j, are judged as theta is, by the gradient where the
     u_jb <- u_jb - min(mix_lr, RATE_CAP / t) * Adam's normalised h_jb,    |u_jb| <= 30
                                                                             (`lodo.inner_optimizer.descend_`)
 
-All m_b are corrected for their start at zero. While the gradient of a parameter is zero its momenta decay by COAST at
-least, so that it moves on for no longer than it would with Adam.
+All m_b are corrected for their start at zero. While the gradient of a parameter is zero its momenta decay by COAST or
+faster, so that it moves on for no longer than it would with Adam.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -136,8 +136,8 @@ class Mixture(Momentum):
         mixed = torch.empty_like(self.m) if is_tensor(active) else self.m
         for part, (momenta, weights) in zip(mixed.split(self._lengths), shares, strict=True):
             torch.mv(momenta.T, weights, out=part)
-        if mixed is not self.m:
-            self.m.copy_(torch.where(torch.as_tensor(active) > 0, mixed, self.m))
+        if is_tensor(active):
+            self.m.copy_(torch.where(active > 0, mixed, self.m))
 
     def bias(self, at: Context) -> Number:
         return 1

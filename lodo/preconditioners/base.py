@@ -93,6 +93,8 @@ class Preconditioner(Operator):
     learns: ClassVar[bool] = True
     has_bound: ClassVar[bool] = True
     """Whether there is `bound_condition_`."""
+    bound: ClassVar[float] = 0.0
+    """Of the logarithms of one that is a diagonal of exponentials."""
     rate_cap: ClassVar[float | None] = None
     """What meta_lr is capped by (`lodo.inner_optimizer.capped`)."""
 
@@ -154,7 +156,7 @@ class Preconditioner(Operator):
     def bound_condition_(self, largest: float) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no bound on its condition")
 
-    def learn_from_response_(
+    def learn_logarithms_(
         self,
         response: Tensor,
         m: Tensor,

@@ -79,7 +79,7 @@ class Composite(Operator):
     ) -> None:
         """As a network's, but from `unscale` of g; T is that of the last step until `refresh_` is called."""
         if self.network.is_elementwise:
-            self.network.learn_from_response_(self.precondition(g), m, lr, moments, rates)
+            self.network.learn_logarithms_(self.precondition(g), m, lr, moments, rates)
         else:
             self.network.learn_(self.unscale(g) * self.diagonal, m * self.diagonal, lr, moments, rates)
 

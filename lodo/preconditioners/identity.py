@@ -48,7 +48,7 @@ class Identity(Preconditioner):
     def bound_condition_(self, largest: float) -> None:
         pass
 
-    def learn_from_response_(
+    def learn_logarithms_(
         self,
         response: Tensor,
         m: Tensor,

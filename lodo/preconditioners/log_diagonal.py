@@ -61,9 +61,9 @@ class LogDiagonal(Preconditioner):
     def learn_(
         self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
     ) -> None:
-        self.learn_from_response_(self.apply(g), m, lr, moments, rates)
+        self.learn_logarithms_(self.apply(g), m, lr, moments, rates)
 
-    def learn_from_response_(
+    def learn_logarithms_(
         self,
         response: Tensor,
         m: Tensor,

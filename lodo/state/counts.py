@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lodo.context import Cohort, Context, oldest
+from lodo.context import Cohort, Context, Index, oldest
 from lodo.declarations import Options
 from lodo.scalars import Cell, Column, Number, at_least_one, both, either, is_tensor, where
 
@@ -40,6 +40,8 @@ class Counts:
         self.lr = Cell(torch.zeros_like(self.last_lr.tensor[0]))
         self._started = {place for place, count in enumerate(self.step.tensor.tolist()) if count > 0}
         self.partition = self._same_numbers()
+        self._indexed: list[tuple[int, ...]] = []
+        self._kept_index: Index
         pinned = self.step.tensor.device.type == "cuda"
         self._mailbox = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._mailbox.copy_(self.skipped.tensor[0])
@@ -126,7 +128,16 @@ class Counts:
             self._cohort(options, places, self._computable(own), self._computable(learns_too))
             for places, own, learns_too in zip(self.partition, actives, learns, strict=True)
         ]
-        return Context(options, self._lengths, cohorts, active, learning, self.lr.get(), self.last_lr.get())
+        at = Context(options, self._lengths, cohorts, active, learning, self.lr.get(), self.last_lr.get())
+        return at if len(cohorts) == 1 else at._replace(layout=self._index())
+
+    def _index(self) -> Index:
+        if self._indexed != self.partition:
+            self._indexed, self._kept_index = (
+                self.partition,
+                Index(self.partition, self._lengths, self.step.tensor.device),
+            )
+        return self._kept_index
 
     def _cohort(self, options: Options, places: tuple[int, ...], active: Number, learning: Number) -> Cohort:
         place = places[0]

@@ -1,4 +1,4 @@
-"""Lines 1 to 4 of Algorithm 1 in two passes over memory, by compiled kernels on the CPU, for a diagonal G.
+"""Lines 1 to 4 of Algorithm 1 in few passes over memory, by compiled kernels on the CPU, for a diagonal G.
 
 It knows no part: each writes where its tensors lie, and its numbers of a step, into the structures that the kernels
 take.
@@ -40,7 +40,7 @@ class Fused(Plain):
             parameters=len(self.lengths),
             tiny=inner_optimizer.tiny(torch.float64),
             theta_eps=inner_optimizer.EPS,
-            largest_theta=getattr(self.network, "bound", 0.0),
+            largest_theta=self.network.bound,
         )
         for part in self.parts:
             part.bind_kernel(self._group)
@@ -55,6 +55,7 @@ class Fused(Plain):
         return (
             isinstance(operator, Composite)
             and plain.network.is_elementwise
+            and (plain.network.bound > 0 or not plain.network.learns)
             and all(part.has_kernel for part in plain.parts)
             and is_readable(theta)
             and native.available(theta)
@@ -102,7 +103,7 @@ class Fused(Plain):
         group.theta = self.network.theta.data_ptr() if learns else None
         group.theta_mean = None if mean is None else mean.data_ptr()
         group.theta_square = None if square is None else square.data_ptr()
-        if learns or group.decay_count:
+        if learns or any(part.learns_from_response for part in self.parts):
             self._learn(group, self._numbers, g.data_ptr(), self.momentum.judged.data_ptr())
         if learns and at.options["max_condition"] is not None:
             self.operator.bound_condition_(at.options["max_condition"])
@@ -123,7 +124,7 @@ class Fused(Plain):
 
     def _complete(self) -> None:
         if self.network.learns:
-            torch.exp(self.network.theta, out=self.operator.diagonal)
+            torch.exp(self.network.theta, out=self.operator.diagonal)  # logarithms, as `can_run` asks for
         else:
             self.operator.diagonal.fill_(1)
         self._advance(self._group, self._numbers)

@@ -91,6 +91,34 @@ def test_the_very_first_step_may_be_bad():
     assert torch.equal(x, twin)
 
 
+@pytest.mark.filterwarnings("ignore:LODO skipped a step")
+@pytest.mark.parametrize("kind", [*KINDS, "identity"])
+@pytest.mark.parametrize("parts", [{}, {**lodo.RECOMMENDED, "base": "adam"}], ids=["paper's", "recommended"])
+def test_a_parameter_whose_first_gradient_is_bad_has_not_started(kind, parts, where):
+    """The same on all devices, and whether the training is resumed in between or not."""
+    results = []
+    for is_bad, is_resumed in ((False, False), (True, False), (True, True)):
+        params = [nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3) + i) for i in range(2)]
+        options = {**parts, "preconditioner": kind, "depth": 2, "lr": 0.1}
+        optimizer = lodo.LODO(params, **options)
+        for step in range(8):
+            if step == 3 and is_bad:
+                params[1].grad = torch.full((2, 3), math.nan)
+                optimizer.step()
+                assert [int(optimizer.state[p]["skipped_steps"]) for p in params] == [1, 1]
+                if is_resumed:
+                    saved, optimizer = optimizer.state_dict(), lodo.LODO(params, **options)
+                    optimizer.load_state_dict(saved)
+            backward(params)
+            if step < 5:
+                params[1].grad = None
+            optimizer.step()
+            assert [int(optimizer.state[p]["step"]) for p in params] == [step + 1, max(0, step - 4)]
+        results.append(snapshot(optimizer))
+    for found in results[1:]:
+        assert_same_snapshot(found, results[0])
+
+
 def test_the_count_is_saved_and_does_not_warn_again_on_load():
     params, optimizer = trained()
     params[0].grad = torch.full_like(params[0], float("inf"))

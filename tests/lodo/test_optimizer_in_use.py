@@ -5,7 +5,9 @@ import gc
 import json
 import math
 import pickle
+import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -360,9 +362,64 @@ def test_exchanged_parameters_are_not_kept_alive():
     assert [ref() for ref in gone] == [None] * 3
 
 
-@pytest.mark.parametrize("name", ["theta", "exp_avg_sq", "scale", "mixture", "factors"])
+def tensors_of(optimizer):
+    """The tensors in the state, and where they are."""
+    entries = optimizer.state.values()
+    return [(name, id(value), value.data_ptr()) for entry in entries for name, value in entry.items()]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "identity"])
+@pytest.mark.parametrize("parts", [{}, {**lodo.RECOMMENDED, "base": "adam"}, lodo.RECOMMENDED], ids=len)
+def test_the_state_stays_where_it_is_from_step_to_step(kind, parts, where):
+    """So that steps have nothing to prepare."""
+    model = mlp()
+    optimizer = lodo.LODO(model.parameters(), **{**parts, "preconditioner": kind, "depth": 2, "lr": 0.01})
+    train(model, optimizer, 2)
+    before = tensors_of(optimizer)
+    train(model, optimizer, 3)
+    for p in [*model.parameters()][1:3]:
+        p.grad = None
+    optimizer.step()
+    train(model, optimizer, 2)
+    assert tensors_of(optimizer) == before
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "log_diagonal"])
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_network_of_the_group_is_lost_with_the_state_of_its_first_parameter_only(kind, base, place):
+    model = mlp()
+    optimizer = lodo.LODO(model.parameters(), preconditioner=kind, depth=2, lr=0.01, meta_lr=0.1, base=base)
+    train(model, optimizer, 5)
+    params, theta = [*model.parameters()], optimizer.preconditioners[0].theta.clone()
+    before = [copy.deepcopy(optimizer.state[p]) for p in params]
+    optimizer.state.pop(params[place])
+    with pytest.warns(UserWarning, match="without the network") if place == 0 else nullcontext():
+        found = optimizer.preconditioners[0].theta
+    fresh = mlp()
+    start = lodo.LODO(fresh.parameters(), preconditioner=kind, depth=2, base=base, meta_lr=0.0)
+    train(fresh, start, 1)
+    assert torch.equal(found, start.preconditioners[0].theta if place == 0 else theta)
+    for other_place, p in enumerate(params):
+        entry, former = optimizer.state[p], before[other_place]
+        if other_place == place:
+            assert entry["step"] == 0
+            assert not entry["momentum"].any()
+        else:
+            assert all(torch.equal(entry[name], former[name]) for name in former)
+    if place == 0:  # and what is loaded is as what goes on
+        twin_model = copy.deepcopy(model)
+        twin = lodo.LODO(twin_model.parameters(), preconditioner=kind, depth=2, base=base)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LODO loaded momentum without the network")
+            twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            assert train(model, optimizer, 5) == train(twin_model, twin, 5)
+
+
+@pytest.mark.parametrize("name", ["theta", "exp_avg_sq", "scale", "mixture", "factors", "eigenbasis", "momenta"])
+@pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("is_loaded", [False, True])
-def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name, is_loaded):
+def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name, place, is_loaded):
     """A broadcast that makes replicas alike, say: a gradient is judged by the G that the state tells of."""
     model = mlp()
     optimizer = lodo.LODO(model.parameters(), **lodo.RECOMMENDED)
@@ -372,14 +429,14 @@ def test_what_somebody_writes_into_the_state_counts_from_the_next_step_on(name, 
     if is_loaded:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         optimizer.diagnostics()  # which binds the state before a step does
-    first = next(iter(model.parameters()))
-    before = copy.deepcopy(optimizer.state[first][name])
-    optimizer.state[first][name].mul_(1.5)
+    changed = [*model.parameters()][place]
+    before = copy.deepcopy(optimizer.state[changed][name])
+    optimizer.state[changed][name].mul_(1.5)
     twin, other = copy.deepcopy((model, optimizer))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         q.grad = p.grad.clone()
     optimizer.step(), other.step()
-    assert not torch.equal(optimizer.state[first][name], before)
+    assert not torch.equal(optimizer.state[changed][name], before)
     assert_equal(list(model.parameters()), list(twin.parameters()))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         for key, value in optimizer.state[p].items():
