@@ -103,7 +103,14 @@ def compiled_functions() -> dict[str, Any]:
     made = {name: torch.compile(getattr(reference, name), dynamic=False, fullgraph=True) for name in names}
 
     def learn_(
-        theta: Tensor, moments: Any, indices: Any, g: Tensor, m: Tensor, lr: Any, rates: inner_optimizer.Rates, kept: Any = None
+        theta: Tensor,
+        moments: Any,
+        indices: Any,
+        g: Tensor,
+        m: Tensor,
+        lr: Any,
+        rates: inner_optimizer.Rates,
+        kept: Any = None,
     ) -> None:
         # As tensors: a number that changes at every step would be compiled in at every step.
         lr, *numbers = (torch.as_tensor(number, dtype=theta.dtype) for number in (lr, *rates))

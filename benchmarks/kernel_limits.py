@@ -116,7 +116,9 @@ class Bench:
         self.v = torch.randn(size, device=device, generator=generator)
         self.single = self.theta.new_empty(2, dim).normal_(generator=generator)
         # A learning rate so small that theta stays what it is in any number of passes.
-        self.rates = inner_optimizer.Rates(*(torch.tensor(number, device=device) for number in (1e-9, 0.1, 0.999, 1e-3, 5.0)))
+        self.rates = inner_optimizer.Rates(
+            *(torch.tensor(number, device=device) for number in (1e-9, 0.1, 0.999, 1e-3, 5.0))
+        )
         self.lr = torch.tensor(0.1, dtype=torch.float64, device=device)
         self.numbers = gpu.on_device(self.rates, self.lr, device)
 

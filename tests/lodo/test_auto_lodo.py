@@ -21,7 +21,10 @@ from tests.helpers.states import assert_same
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 os.environ.update(JSONARGPARSE_DEPRECATION_WARNINGS="off")  # of its own names, which Lightning uses
 
-CONFIGURED = {"class_path": "lodo.AutoLODO", "init_args": {"weight_decay": 0.1, "momentum_decays": [0.0, 0.95], "base": "adam"}}
+CONFIGURED = {
+    "class_path": "lodo.AutoLODO",
+    "init_args": {"weight_decay": 0.1, "momentum_decays": [0.0, 0.95], "base": "adam"},
+}
 
 
 def mlp(seed=0):
@@ -76,7 +79,11 @@ def test_its_defaults_are_the_recommended_options_and_for_the_rest_those_of_lodo
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lr": 0.01, "weight_decay": 0.1}, {"base": "adam", "momentum_decays": None, "scale_lr": 0.0, "max_step_norm": 0.1}],
+    [
+        {},
+        {"lr": 0.01, "weight_decay": 0.1},
+        {"base": "adam", "momentum_decays": None, "scale_lr": 0.0, "max_step_norm": 0.1},
+    ],
     ids=["defaults", "lr, weight_decay", "others"],
 )
 def test_it_takes_the_steps_of_the_recommended_options_to_the_last_bit(options):
@@ -219,7 +226,10 @@ def test_decays_may_be_a_sequence_of_a_configurations_own_and_are_saved_as_plain
     ("arguments", "changed"),
     [
         (["--optimizer=lodo.AutoLODO"], {}),
-        (["--optimizer=lodo.AutoLODO", "--optimizer.lr=1e-2", "--optimizer.momentum_decays=[0.0, 0.9]"], {"lr", "momentum_decays"}),
+        (
+            ["--optimizer=lodo.AutoLODO", "--optimizer.lr=1e-2", "--optimizer.momentum_decays=[0.0, 0.9]"],
+            {"lr", "momentum_decays"},
+        ),
         (["--optimizer=lodo.AutoLODO", "--optimizer.momentum_dtype=bfloat16"], {"momentum_dtype"}),
         ([f"--optimizer={CONFIGURED!r}"], {"weight_decay", "momentum_decays", "base"}),
     ],

@@ -60,7 +60,9 @@ def test_figures_are_those_of_the_last_step_and_of_g(kind, kernel):
     assert all(type(value) is float for value in found.values())
 
 
-@pytest.mark.parametrize("parts", [{"trace_decay": 0.5}, {"scale_lr": 1e-300}, {"momentum_decays": (0.0, 0.9)}], ids=str)
+@pytest.mark.parametrize(
+    "parts", [{"trace_decay": 0.5}, {"scale_lr": 1e-300}, {"momentum_decays": (0.0, 0.9)}], ids=str
+)
 @pytest.mark.parametrize("base", [None, "adam", "soap"])
 @pytest.mark.parametrize("kind", ["block_permutation", "log_diagonal"])
 def test_the_figures_know_the_parts_of_g(kind, base, parts):
