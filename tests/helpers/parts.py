@@ -18,7 +18,10 @@ SHAPES = ((3, 4), (5,), (), (2, 3, 2), (0, 3), (1,))
 ELEMENTS = ("momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written")
 TABLES = ("step", "skipped_steps", "unit", "scale", "scale_peak", "mixture", "scheduled_lr", "reset_at")
 PACKED = ("factors", "eigenbasis")
-OF_NETWORKS = ("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations", "meta_step", "last_lr")
+OF_NETWORKS = (
+    *("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations"),
+    *("meta_step", "network_step", "last_lr"),
+)
 
 POWERS = {  # of the unit, by which what is kept of gradients has been divided; of tables, in each row
     **dict.fromkeys(("momentum", "momentum_trace", "momenta", "theta_exp_avg"), (1,)),

