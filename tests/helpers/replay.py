@@ -249,6 +249,12 @@ class Replay:
         """A count of each parameter, or that of the network that all share."""
         return [(self.shared if name in self.shared else own)[name].item() for own in self.own]
 
+    def learns(self, takes: Sequence[bool]) -> list[bool]:
+        """Whether a network is learned for each parameter: at every so many of its steps, or of those of all."""
+        counts = self.counted("step" if self.kind.is_elementwise else "network_step")
+        every = self.options["meta_every"]
+        return [takes_it and count % every == 0 for takes_it, count in zip(takes, counts, strict=True)]
+
     def context(self, takes: Sequence[bool], number: Number) -> Context:
         """What is known of a step that these parameters take; `number` makes scalars what the optimizer has them as."""
         options, has_record = self.options, "reset_at" in self.own[0]
@@ -256,13 +262,13 @@ class Replay:
         inner_steps = self.counted("meta_step") if self.kind.learns else [0] * len(steps)
         scheduled = self.counted("scheduled_lr") if has_record else [0.0] * len(steps)
         ages = [a - b for a, b in zip(steps, self.counted("reset_at"), strict=True)] if has_record else inner_steps
-        is_learning = any(takes) and max(steps) % options["meta_every"] == 0
+        learns = self.learns(takes)
         lr = number(float(options["lr"]))
         alike: dict[Any, list[int]] = {}
-        for place, key in enumerate(zip(takes, steps, inner_steps, last_lrs, scheduled, ages, strict=True)):
+        for place, key in enumerate(zip(takes, learns, steps, inner_steps, last_lrs, scheduled, ages, strict=True)):
             alike.setdefault(key, []).append(place)
         cohorts = []
-        for (takes_it, t, inner_t, last_lr, former_lr, age), places in alike.items():
+        for (takes_it, learns_it, t, inner_t, last_lr, former_lr, age), places in alike.items():
             if options["base"] is None or options["momentum_decays"] is not None:  # a mixture corrects each momentum
                 own_lr = lr
             else:
@@ -272,7 +278,7 @@ class Replay:
                 Cohort(
                     tuple(places),
                     computable(True, number) if takes_it else False,
-                    computable(is_learning, number) if takes_it else False,
+                    computable(learns_it, number) if takes_it else False,
                     number(float(t)),
                     number(float(age)),
                     number(float(inner_t)),
@@ -281,9 +287,8 @@ class Replay:
                     number(former_lr),
                 )
             )
-        active, learning = (number(True), number(is_learning)) if any(takes) else (False, False)
-        inner_step, last_lr = number(float(max(inner_steps))), number(last_lrs[0])
-        return Context(options, self.lengths, cohorts, active, learning, lr, last_lr, inner_step)
+        active, learning = (number(True), number(any(learns))) if any(takes) else (False, False)
+        return Context(options, self.lengths, cohorts, active, learning, lr, number(last_lrs[0]))
 
     def step(self, gradients: Gradients, number: Number) -> None:
         """A step on sound gradients."""
@@ -314,11 +319,12 @@ class Replay:
             own["step"] += takes_it
         if self.shared:
             self.shared["network_step"] += 1
-        if options["meta_lr"] > 0 and self.kind.learns and max(self.counted("step")) % options["meta_every"] == 0:
-            for counting in [own for own, has in zip(self.own, takes, strict=True) if has and "meta_step" in own]:
-                counting["meta_step"] += 1
+        if options["meta_lr"] > 0 and self.kind.learns:
+            learns = self.learns(takes)
+            for own, learns_it in zip(self.own, learns, strict=True) if self.kind.is_elementwise else ():
+                own["meta_step"] += learns_it
             if self.shared:
-                self.shared["meta_step"] += 1
+                self.shared["meta_step"] += any(learns)
         at = self.context(takes, number)._replace(unit=number(unit))
         if Mixture in self.parts() and any(g is not None and not g.any() for g in gradients):
             at = at._replace(idle=[number(g is not None and not bool(g.any())) for g in gradients])
@@ -356,7 +362,8 @@ class Replay:
         step = update.advance_(operator.rotate(gradient) if current is None else current, at)
         step = operator.rotate_back(step)
         if options["momentum_dtype"] == "bfloat16":
-            words = random_words(0, sum(self.lengths), -max(self.counted("step")), gradient.device)
+            count = max(t for t, takes_it in zip(self.counted("step"), takes, strict=True) if takes_it)
+            words = random_words(0, sum(self.lengths), -count, gradient.device)
             tensors["momentum"] = to_bfloat16(momentum.m, words)
 
         self.subtract(step, parts, tensors, at, given, takes)
