@@ -20,6 +20,7 @@ Lines 1 to 4 themselves are in `lodo.update.plain`, and once more, faster, in `l
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
     at = at._replace(unit=live.change_unit_(at.active))
     update.begin_(at)
     if live.record is not None:
-        update.learn_parts_(with_decay(live, at), at)
+        update.learn_parts_(gradient_with_decay(live, at), at)
 
     rotated = operator.rotate(g if at.share is None else g * at.share)
     update.learn_(rotated, at)  # 1, 2
@@ -85,7 +86,7 @@ def look_back(live: GroupState, at: Context, params: list[Tensor]) -> Tensor | N
     return None if undone is None else kept_share(undone.step, undone.change)
 
 
-def with_decay(live: GroupState, at: Context) -> Tensor:
+def gradient_with_decay(live: GroupState, at: Context) -> Tensor:
     """The gradient of the loss that steps with weight decay descend on: it has weight_decay / 2 <x, x> in the metric of
     the gradients' own size, of which each parameter's mean is taken. Shape (n,)."""
     weight_decay = at.options["weight_decay"]
@@ -110,7 +111,7 @@ def subtract_(live: GroupState, step: Tensor, at: Context, params: list[Tensor])
     """Line 4: subtracts a step from the parameters that have a gradient, bounded, and with weight decay."""
     options, flat = at.options, live.flat
     tensors, moves = flat.tensors(params), [p.grad is not None for p in params]
-    parts = flat.views(step) if live.record is None or not all(moves) else []
+    parts = [] if all(moves) else flat.views(step)
     factor: Number = 1.0
     is_finite: Number = True
     if parts and (options["max_step_norm"] is not None or live.record is not None):
@@ -129,9 +130,15 @@ def subtract_(live: GroupState, step: Tensor, at: Context, params: list[Tensor])
             flat.mask_(parts, moves)
     for part in live.parts:
         part.record_(step, at)
+    write_(live, step, at, tensors, moves)
+
+
+def write_(live: GroupState, step: Tensor, at: Context, tensors: Sequence[Tensor], moves: Sequence[bool]) -> None:
+    """x <- x - step where `moves` says so, and keeps what has been written."""
     moved = [tensor for tensor, is_moved in zip(tensors, moves, strict=True) if is_moved]
     if live.record is None or live.x is None:
-        torch._foreach_sub_(moved, [part for part, is_moved in zip(parts, moves, strict=True) if is_moved])
+        parts = zip(live.flat.views(step), moves, strict=True)
+        torch._foreach_sub_(moved, [part for part, is_moved in parts if is_moved])
         return
     written, views = live.record.written, live.written_views
     is_active = at.per_element(lambda cohort: cohort.active, step)
@@ -139,7 +146,7 @@ def subtract_(live: GroupState, step: Tensor, at: Context, params: list[Tensor])
     torch.sub(live.x, step, out=written)
     torch._foreach_copy_(moved, [view for view, is_moved in zip(views, moves, strict=True) if is_moved])
     if any(tensor.dtype != written.dtype for tensor in moved):
-        flat.gather(tensors, views)  # as rounded
+        live.flat.gather(tensors, views)  # as rounded
     if kept is not None and is_tensor(is_active):
         torch.where(is_active > 0, written, kept, out=written)
 
