@@ -196,9 +196,7 @@ class GroupState:
             if self._steps_to_read is not None:
                 state[p]["step"] = self._steps_to_read[place]
             self._kept.append((p, itemgetter(*keys), tuple(tensors)))
-        # Each of these is looked at in every step; who exchanges memory behind the state's back does so with all of it.
-        momentum = next(index for index, slot in enumerate(with_slots) if slot.name == "momentum")
-        self._views = [tensors[momentum] for tensors in shown if not is_dtensor(tensors[momentum])]
+        self._views = [tensor for tensors in shown for tensor in tensors if not is_dtensor(tensor)]
         self._publish_network(params, state, former)
         buffers = [*self.tensors.values(), *self._network_tensors().values()]
         dtensors = [local(tensor) for tensors in shown for tensor in tensors if is_dtensor(tensor)]

@@ -84,7 +84,9 @@ class Plain:
 
     def advance_(self, g: Tensor, at: Context) -> Tensor:
         """Lines 3 and 4: takes the rotated gradient g in; returns the rotated step G(theta) m, shape (n,)."""
-        momentum = self.momentum
+        momentum, is_active = self.momentum, at.per_element(lambda cohort: cohort.active, g)
+        if not is_tensor(is_active) and not is_active:
+            return torch.zeros_like(g)
         for part in self.parts:
             part.update_(g, at)
         momentum.average_(g, at)
@@ -94,10 +96,7 @@ class Plain:
         self.refresh_(at)
         momentum.trace_(at)
         step = self.operator.apply(momentum.m).mul_(at.per_element(lambda cohort: cohort.lr * at.unit, g))
-        is_active = at.per_element(lambda cohort: cohort.active, g)
-        if is_tensor(is_active):
-            return step.masked_fill_(is_active == 0, 0)
-        return step if is_active else step.zero_()
+        return step.masked_fill_(is_active == 0, 0) if is_tensor(is_active) else step
 
     def refresh_(self, at: Context) -> None:
         """Brings what is computed once a step of G up to date."""

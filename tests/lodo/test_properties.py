@@ -445,6 +445,10 @@ def test_a_damaged_state_is_refused_and_nothing_changes_or_it_can_be_gone_on_wit
         optimizer.step()
         assert not torch.equal(params[0], before[0][0])
     else:
-        assert not (isinstance(damage, str) and damage == "all removed")  # that parameter starts anew
-        assert name.removesuffix("s") in refused  # permutations may be missed under their option's name
+        if isinstance(damage, str) and damage == "all removed":  # else that parameter starts anew
+            assert number == 0
+            assert not BY_NAME[kind].is_elementwise
+            assert "theta missing" in refused
+        else:
+            assert name.removesuffix("s") in refused  # permutations may be missed under their option's name
         assert_same(everything(params, optimizer), before)
