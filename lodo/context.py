@@ -87,9 +87,10 @@ class Context(NamedTuple):
 
     def per_parameter(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:
         """A number of each cohort: itself if there is one, else for each parameter, shape (k,), in `like`'s dtype."""
+        if len(self.cohorts) == 1:
+            only = number(self.cohorts[0])
+            return only.to(like.dtype) if isinstance(only, Tensor) else only
         numbers = [number(cohort) for cohort in self.cohorts]
-        if len(numbers) == 1:
-            return numbers[0].to(like.dtype) if is_tensor(numbers[0]) else numbers[0]
         if not any(map(is_tensor, numbers)) and like.device.type == "cpu":
             return torch.tensor(numbers, dtype=like.dtype, device="cpu")[self._index_on(like.device).of_parameter]
         each = [n.to(like.dtype) if is_tensor(n) else like.new_full((), float(n)) for n in numbers]

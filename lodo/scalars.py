@@ -86,6 +86,8 @@ class Column:
         if self._array is None:
             for cell in self._chosen(places):
                 cell.add_(value)
+        elif len(self._array) == 1:  # which NumPy is slower with
+            self._array[0] = self._array.item(0) + int(value)
         elif places is None:
             self._array += int(value)
         else:

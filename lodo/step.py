@@ -42,9 +42,10 @@ def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
     if is_tensor(at.active):
         g.masked_fill_(~at.active, 0)  # so that no NaN meets a zero weight below
     live.momentum.load_()
-    at = at._replace(unit=live.unit)
-    at = at._replace(share=look_back(live, at, params))
-    at = at._replace(unit=live.change_unit_(at.active))
+    if live.record is not None:
+        at = at._replace(unit=live.unit)
+        share = look_back(live, at, params)
+        at = at._replace(share=share, unit=live.change_unit_(at.active))
     update.begin_(at)
     if live.record is not None:
         update.learn_parts_(gradient_with_decay(live, at), at)

@@ -70,9 +70,9 @@ class Counts:
         """
         if len(self.partition) > 1 and not is_tensor(active):
             self.partition = self._same_numbers()  # as a state that is loaded has them
-        takes = self._takes(active, has_gradient)
+        takes = has_gradient if all(has_gradient) else self._takes(active, has_gradient)
         self._split(takes)
-        if not is_tensor(active):
+        if not is_tensor(active) and len(self._started) < len(takes):
             self._started.update(place for place, is_taking in enumerate(takes) if is_taking is True)
         is_one = len(self.partition) == 1
         actives = [self._active(places[0], active, takes[places[0]]) for places in self.partition]

@@ -198,7 +198,8 @@ class GroupState:
             self._kept.append((p, itemgetter(*keys), tuple(tensors)))
         self._views = [tensor for tensors in shown for tensor in tensors if not is_dtensor(tensor)]
         self._publish_network(params, state, former)
-        buffers = [*self.tensors.values(), *self._network_tensors().values()]
+        tensors_by_id = {id(tensor): tensor for tensor in (*self.tensors.values(), *self._network_tensors().values())}
+        buffers = list(tensors_by_id.values())
         dtensors = [local(tensor) for tensors in shown for tensor in tensors if is_dtensor(tensor)]
         self._owned = [*self._views, *buffers]
         self._pointers = list(map(_pointer, self._owned))

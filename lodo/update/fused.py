@@ -103,7 +103,7 @@ class Fused(Plain):
         group.theta = self.network.theta.data_ptr() if learns else None
         group.theta_mean = None if mean is None else mean.data_ptr()
         group.theta_square = None if square is None else square.data_ptr()
-        if learns or any(part.learns_from_response for part in self.parts):
+        if learns or self._learns_from_response:
             self._learn(group, self._numbers, g.data_ptr(), self.momentum.judged.data_ptr())
         if learns and at.options["max_condition"] is not None:
             self.operator.bound_condition_(at.options["max_condition"])

@@ -35,6 +35,7 @@ class Plain:
     ) -> None:
         self.operator, self.network, self.moments = operator, network, moments
         self.momentum, self.parts, self.lengths = momentum, parts, lengths
+        self._learns_from_response = any(part.learns_from_response for part in parts)
 
     def begin_(self, at: Context) -> None:
         """Called first, when everything about a step is known but its outcome."""
@@ -55,7 +56,7 @@ class Plain:
 
     def learn_(self, g: Tensor, at: Context) -> None:
         """Lines 1 and 2: the rotated gradient g, shape (n,), judges the last step, and the network learns from that."""
-        if any(part.learns_from_response for part in self.parts):
+        if self._learns_from_response:
             response = self.operator.precondition(g)
             for part in self.parts:
                 part.learn_from_response_(response, at)
