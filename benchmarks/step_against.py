@@ -1,7 +1,7 @@
 """The time of a step with this checkout of lodo, relative to that with another: what a change costs.
 
-    git worktree add /tmp/before COMMIT
-    python -m benchmarks.step_against /tmp/before
+    git worktree add ../before COMMIT
+    python -m benchmarks.step_against ../before
 
 Both run in processes of their own, one after the other in turns, on one thread; of each the minimum of the medians of
 its stretches of steps counts, and the ratio's spread is over the turns. Gradients are given: there is no model.

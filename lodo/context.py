@@ -51,10 +51,8 @@ class Index:
         index = torch.empty(len(lengths), dtype=torch.int64, device="cpu")
         for number, places in enumerate(partition):
             index[list(places)] = number
-        self.of_parameter, self.lengths = (
-            index.to(device),
-            torch.tensor(lengths, dtype=torch.int64, device="cpu").to(device),
-        )
+        self.of_parameter = index.to(device)
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu").to(device)
 
 
 class Context(NamedTuple):
@@ -70,7 +68,7 @@ class Context(NamedTuple):
         unit: what gradients, and all that is kept of them, are divided by (see `lodo.parts.second_moment`).
         idle: whether the gradient of each parameter is zero; None if that of none is.
         share: how much is left of the last step, between 0 and 1, shape (n,); None if all of it is.
-        layout: of the cohorts, if there are several.
+        indices: of the cohorts, if there are several.
     """
 
     options: Options
@@ -83,7 +81,7 @@ class Context(NamedTuple):
     unit: Number = 1.0
     idle: Sequence[Number] | None = None
     share: Tensor | None = None
-    layout: Index | None = None
+    indices: Index | None = None
 
     def per_parameter(self, number: Callable[[Cohort], Number], like: Tensor) -> Number | Tensor:
         """A number of each cohort: itself if there is one, else for each parameter, shape (k,), in `like`'s dtype."""
@@ -108,7 +106,7 @@ class Context(NamedTuple):
         return torch.repeat_interleave(numbers.to(like.dtype), counts, output_size=sum(self.lengths))
 
     def _index_on(self, device: torch.device) -> "Index":
-        return self.layout or Index([cohort.places for cohort in self.cohorts], self.lengths, device)
+        return self.indices or Index([cohort.places for cohort in self.cohorts], self.lengths, device)
 
     def cohort_of(self, place: int) -> Cohort:
         """That of the parameter at a place."""

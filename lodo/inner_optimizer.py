@@ -48,9 +48,9 @@ class Rates(NamedTuple):
     count: Number  # type: ignore[assignment]  # the t above, which salts the stochastic rounding
 
 
-def start_moments(theta: Tensor, dtype: torch.dtype | None = None) -> Moments:
-    """M and V before the first step, in theta's dtype or another."""
-    return torch.zeros_like(theta, dtype=dtype), torch.zeros_like(theta, dtype=dtype)
+def start_moments(theta: Tensor) -> Moments:
+    """M and V before the first step."""
+    return torch.zeros_like(theta), torch.zeros_like(theta)
 
 
 def capped(rate: float, cap: float, t: Number) -> Number:

@@ -130,8 +130,8 @@ class LODO(Optimizer):
         given = dict(locals())
         refuse_others(type(self).__name__, {name: value for name, value in others.items() if name not in OPTIONS})
         defaults = {name: others.get(name, given.get(name, option.default)) for name, option in OPTIONS.items()}
-        defaults |= {name: OPTIONS[name].plain(defaults[name]) for name in ("meta_state_dtype", "momentum_dtype")}
         check_options(defaults)
+        made_plain(defaults)
         self._live: dict[Tensor, GroupState] = {}
         self._checked: dict[Tensor, tuple[Any, ...]] = {}
         self._fixed: dict[Tensor, dict[str, Any]] = {}  # the options of groups with state that may not change

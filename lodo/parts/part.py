@@ -76,15 +76,15 @@ class Part:
     needs_record: ClassVar[bool] = True
     """Whether the optimizer is to keep track of what becomes of its steps (`lodo.parts.record`)."""
 
-    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
-        self.layout, self.tensors, self.chosen = layout, tensors, options
-
     unit: Number = 1.0
     """What gradients are divided by before parts see them."""
     changes_gradients: ClassVar[bool] = False
     """Whether what is kept of gradients is in coordinates or units of its own."""
     corrects_momentum: ClassVar[bool] = False
     """Whether a momentum that starts at zero is to be corrected for it, as Adam's is."""
+
+    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
+        self.layout, self.tensors, self.chosen = layout, tensors, options
 
     # ---- what it declares ---------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lodo import inner_optimizer
 from lodo.declarations import Dtype, Kind, Options, Slot
+from lodo.inner_optimizer import Moments, Rates
 from lodo.scalars import Number
 
 
@@ -40,9 +40,7 @@ class Operator(ABC):
         return self.apply(g)
 
     @abstractmethod
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         """One inner step of `theta` along h = -d/dtheta <g, G m>, with G = lr times this operator (Algorithm 1).
 
         Args:
@@ -156,14 +154,7 @@ class Preconditioner(Operator):
     def bound_condition_(self, largest: float) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no bound on its condition")
 
-    def learn_logarithms_(
-        self,
-        response: Tensor,
-        m: Tensor,
-        lr: Number,
-        moments: inner_optimizer.Moments | None,
-        rates: inner_optimizer.Rates,
-    ) -> None:
+    def learn_logarithms_(self, response: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         """`learn_` of an elementwise network from G g / lr, in place of g, which it overwrites: h = -lr * response * m.
 
         That is what its hypergradient is where it is one factor of many of a diagonal G, and learns its logarithm.

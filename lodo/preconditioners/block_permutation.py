@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lodo import inner_optimizer, kernels
+from lodo import kernels
 from lodo.declarations import Options
+from lodo.inner_optimizer import Moments, Rates
 from lodo.preconditioners.base import (
     Preconditioner,
     as_permutations,
@@ -107,9 +108,7 @@ class BlockPermutation(Preconditioner):
         with self._backend(learning=False) as (backend, kept):
             return backend.matvec(self.theta, self.permutations_stored, v, kept)
 
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         with self._backend(learning=True) as (backend, kept):
             backend.learn_(self.theta, moments, self.permutations_stored, g, m, lr, rates, kept)
 

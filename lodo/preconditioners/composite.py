@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lodo import inner_optimizer
 from lodo.context import Context
+from lodo.inner_optimizer import Moments, Rates
 from lodo.parts.part import Part
 from lodo.preconditioners.base import Operator, Preconditioner
 from lodo.scalars import Number
@@ -74,10 +74,10 @@ class Composite(Operator):
     def precondition(self, g: Tensor) -> Tensor:
         return self.apply(self.unscale(g))
 
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         """As a network's, but from `unscale` of g; T is that of the last step until `refresh_` is called."""
+        if not self.network.learns:
+            return
         if self.network.is_elementwise:
             self.network.learn_logarithms_(self.precondition(g), m, lr, moments, rates)
         else:

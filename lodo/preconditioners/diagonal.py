@@ -5,8 +5,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import inner_optimizer, kernels
+from lodo import kernels
 from lodo.declarations import Options
+from lodo.inner_optimizer import Moments, Rates
 from lodo.preconditioners.base import Preconditioner, as_theta
 from lodo.scalars import Number
 
@@ -46,9 +47,7 @@ class Diagonal(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         kernels.for_vectors(self.theta).diagonal_learn_(self.theta, moments, g, m, lr, rates)
 
     def bound_condition_(self, largest: float) -> None:

@@ -5,8 +5,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lodo import inner_optimizer
 from lodo.declarations import Options
+from lodo.inner_optimizer import Moments, Rates
 from lodo.preconditioners.base import Preconditioner, check_size
 from lodo.scalars import Number
 
@@ -40,20 +40,8 @@ class Identity(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return v.clone()
 
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         pass
 
     def bound_condition_(self, largest: float) -> None:
-        pass
-
-    def learn_logarithms_(
-        self,
-        response: Tensor,
-        m: Tensor,
-        lr: Number,
-        moments: inner_optimizer.Moments | None,
-        rates: inner_optimizer.Rates,
-    ) -> None:
         pass

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lodo import inner_optimizer
 from lodo.declarations import Options
+from lodo.inner_optimizer import Moments, Rates
 from lodo.preconditioners.base import Preconditioner, as_theta
 from lodo.scalars import Number
 
@@ -58,19 +59,10 @@ class LogDiagonal(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.diagonal().mul_(v)
 
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         self.learn_logarithms_(self.apply(g), m, lr, moments, rates)
 
-    def learn_logarithms_(
-        self,
-        response: Tensor,
-        m: Tensor,
-        lr: Number,
-        moments: inner_optimizer.Moments | None,
-        rates: inner_optimizer.Rates,
-    ) -> None:
+    def learn_logarithms_(self, response: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         inner_optimizer.update_(self.theta, response.mul_(m).mul_(-lr), moments, rates)
         self.theta.clamp_(-self.bound, self.bound)
 

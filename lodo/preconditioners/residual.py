@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lodo import inner_optimizer, kernels
+from lodo import kernels
 from lodo.declarations import Options
+from lodo.inner_optimizer import Moments, Rates
 from lodo.preconditioners.base import (
     Preconditioner,
     as_permutations,
@@ -90,7 +91,5 @@ class Residual(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return kernels.for_vectors(self.theta).residual_matvec(self.theta, self._indices, v)
 
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         kernels.for_vectors(self.theta).residual_learn_(self.theta, moments, self._indices, g, m, lr, rates)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lodo import inner_optimizer
 from lodo.declarations import Options
+from lodo.inner_optimizer import Moments, Rates
 from lodo.preconditioners.base import Preconditioner, as_theta, check_size
 from lodo.scalars import Number
 
@@ -39,9 +40,7 @@ class Scalar(Preconditioner):
     def apply(self, v: Tensor) -> Tensor:
         return self.theta * v
 
-    def learn_(
-        self, g: Tensor, m: Tensor, lr: Number, moments: inner_optimizer.Moments | None, rates: inner_optimizer.Rates
-    ) -> None:
+    def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
         inner_optimizer.update_(self.theta, torch.dot(g, m).mul_(-lr), moments, rates)
 
     def bound_condition_(self, largest: float) -> None:

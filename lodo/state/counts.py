@@ -129,14 +129,12 @@ class Counts:
             for places, own, learns_too in zip(self.partition, actives, learns, strict=True)
         ]
         at = Context(options, self._lengths, cohorts, active, learning, self.lr.get(), self.last_lr.get())
-        return at if len(cohorts) == 1 else at._replace(layout=self._index())
+        return at if len(cohorts) == 1 else at._replace(indices=self._index())
 
     def _index(self) -> Index:
         if self._indexed != self.partition:
-            self._indexed, self._kept_index = (
-                self.partition,
-                Index(self.partition, self._lengths, self.step.tensor.device),
-            )
+            self._indexed = self.partition
+            self._kept_index = Index(self.partition, self._lengths, self.step.tensor.device)
         return self._kept_index
 
     def _cohort(self, options: Options, places: tuple[int, ...], active: Number, learning: Number) -> Cohort:

@@ -119,9 +119,9 @@ class FlatParameters:
             for p, (dtype, shape) in zip(self.tensors(params), self._made_for, strict=True)
         )
 
-    def new_vector(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros of shape (n,), in the network's dtype or another."""
-        return torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
+    def new_vector(self) -> Tensor:
+        """Zeros of shape (n,)."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector, each shaped like its parameter."""

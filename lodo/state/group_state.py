@@ -12,7 +12,7 @@ from lodo.context import Context
 from lodo.declarations import Kind
 from lodo.parts import Momentum, Part, Record, parts_of
 from lodo.preconditioners import BY_NAME, Composite, Operator, Preconditioner
-from lodo.scalars import Number, energy, is_tensor
+from lodo.scalars import Number, energy, is_tensor, stacked
 from lodo.state.counts import Counts
 from lodo.state.flat import FlatParameters
 from lodo.state.layout import Entry, State, StateLayout, allocate, carrier, dtype_of, views
@@ -70,7 +70,7 @@ class GroupState:
             self._check_learned(learned)
         self.parts: list[Part] = []
         self.tensors, missing = self._gather(entries)
-        self.network = self._start_network(group, network_entry, learned, missing)
+        self.network = self._start_network(group, network_entry, learned)
         self.moments = self._start_moments(network_entry)
         self._network_counts(network_entry)
         self._share_unit(missing)
@@ -100,7 +100,7 @@ class GroupState:
         return tensors, missing
 
     def _start_network(
-        self, group: dict[str, Any], entry: Entry | None, learned: Preconditioner | None, missing: dict[str, list[int]]
+        self, group: dict[str, Any], entry: Entry | None, learned: Preconditioner | None
     ) -> Preconditioner:
         kind, flat = BY_NAME[group["preconditioner"]], self.flat
         if kind.is_elementwise:
@@ -172,8 +172,9 @@ class GroupState:
         x = self.flat.tensors(group["params"])
         for kind in parts_of(group, self.layout.found):
             own = {slot.name: self.tensors[slot.name] for slot in kind.slots(group, self.layout.found)}
-            kind(self.flat.layout, own, self.options).start_(missing, x)
-            self.parts.append(kind(self.flat.layout, own, self.options))  # of what it is now
+            part = kind(self.flat.layout, own, self.options)
+            part.start_(missing, x)
+            self.parts.append(part)
         self.momentum = next(part for part in self.parts if isinstance(part, Momentum))
         self.record = next((part for part in self.parts if isinstance(part, Record)), None)
         self._unit_part = next((part for part in self.parts if part.changes_gradients), None)
@@ -338,7 +339,7 @@ class GroupState:
         if self.record is None:
             return energy(self.gradient)
         self.sizes = self.update.energies(self.gradient)
-        total: Number = torch.stack(list(self.sizes)).sum() if any(map(is_tensor, self.sizes)) else sum(self.sizes)  # type: ignore[arg-type]
+        total: Number = stacked(self.sizes).sum() if any(map(is_tensor, self.sizes)) else sum(self.sizes)
         for part in self.parts:
             total = part.normalize(total)
         return total
@@ -372,12 +373,14 @@ class GroupState:
     def _rescale_(self, factor: float, places: Sequence[int] | None = None) -> None:
         """Multiplies all that is kept of gradients, at these places (None: all), by a power of two: no bit is lost."""
         for slot in self.layout.slots:
+            if not any(slot.powers) or (slot.kind is Kind.NETWORK and places is not None):
+                continue
             if slot.kind is Kind.NETWORK:
-                tensors = [self._network_tensors()[slot.name]] if any(slot.powers) and places is None else []
+                tensors = [self._network_tensors()[slot.name]]
             else:
                 tensors = views(slot, self.tensors[slot.name], self.flat.layout)
                 tensors = tensors if places is None else [tensors[place] for place in places]
-            for tensor in tensors if any(slot.powers) else []:
+            for tensor in tensors:
                 if len(slot.powers) == 1:
                     tensor.mul_(factor ** slot.powers[0])
                 else:

@@ -2,8 +2,6 @@
 takes the steps that it would take alone."""
 
 import copy
-import os
-import warnings
 
 import pytest
 import torch
@@ -11,105 +9,20 @@ from torch import nn
 
 import lodo
 from tests.helpers.habits import assert_finite, noisy
+from tests.helpers.late import (
+    ELEMENTWISE,
+    WHOLE,
+    Alone,
+    always,
+    each_elementwise,
+    give,
+    made,
+    now_and_then,
+    twins,
+    without,
+)
 from tests.helpers.parts import POWERS, flat
 from tests.helpers.states import assert_same, through_file
-
-PAPER = {"lr": 0.05, "depth": 3, "block_size": 3}
-ELEMENTWISE = {
-    "recommended": lodo.RECOMMENDED,
-    "over adam": {**lodo.RECOMMENDED, "base": "adam"},
-    "one momentum": {**lodo.RECOMMENDED, "momentum_decays": None},
-    "no base": {**lodo.RECOMMENDED, "base": None},
-    "no parts": {"preconditioner": "log_diagonal", "lr": 0.05, "meta_lr": 0.01},
-    "scales alone": {"preconditioner": "identity", "lr": 0.01, "scale_lr": 0.05},
-    "adam": {"preconditioner": "identity", "lr": 0.01, "base": "adam", "weight_decay": 0.1},
-    "SGD inside, decay": {**lodo.RECOMMENDED, "meta_optimizer": "sgd", "weight_decay": 0.1, "base": "adam"},
-}
-WHOLE = {
-    "paper": PAPER,
-    "paper, SGD inside": {**PAPER, "meta_optimizer": "sgd"},
-    "residual": {"lr": 0.05, "preconditioner": "residual", "depth": 3},
-    "diagonal": {"lr": 0.05, "preconditioner": "diagonal"},
-    "over adam": {**PAPER, "base": "adam", "lr": 0.01},
-    "with all parts": {**lodo.RECOMMENDED, "preconditioner": "block_permutation", "depth": 3},
-}
-SHAPES = ((4, 5), (3, 6), (2, 3, 2), ())  # all of which have the same eigenbases in any group
-each_elementwise = pytest.mark.parametrize("options", ELEMENTWISE.values(), ids=ELEMENTWISE)
-each_whole = pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
-
-
-def made(shapes=SHAPES):
-    return [nn.Parameter(noisy(shape, 10 + key)) for key, shape in enumerate(shapes)]
-
-
-def twins(params):
-    return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def gradient(p, key, step):
-    """Of ordinary size, whatever is trained beside."""
-    target = noisy(p.shape, 20 + key) + 2
-    return 0.5 * (p.detach() - target) + 0.2 * noisy(p.shape, 1000 * (key + 1) + step)
-
-
-def give(params, step, takes, keys=None):
-    """Gives the parameters that take the step their gradients, and the others none."""
-    for key, p in zip(keys or range(len(params)), params, strict=True):
-        p.grad = gradient(p, key, step) if takes(key, step) else None
-
-
-def without(entry, *names):
-    """What is kept of a parameter that is its own: of a group there are counts of skips, and a mark."""
-    return {name: value for name, value in entry.items() if name not in ("skipped_steps", "shards", *names)}
-
-
-def always(key, step):
-    return True
-
-
-def now_and_then(key, step):
-    """Each parameter its own steps; at some there is one, at some there are several, at some none."""
-    return bool(torch.rand((), generator=torch.Generator().manual_seed(7919 * key + step)) < 0.4)
-
-
-class Alone:
-    """Optimizers that hold a parameter each, and are called only at the steps that it takes.
-
-    Of these everything is the same bit for bit, but over eigenbases, and where torch sums in place of the kernels: by
-    where things lie in memory products of matrices and vectors are rounded differently.
-    """
-
-    def __init__(self, params, options):
-        self.params, has_sums = twins(params), "scale_lr" in options and os.environ.get("LODO_NATIVE") == "0"
-        self.is_exact = options.get("base") != "soap" and not has_sums
-        self.optimizers = [lodo.LODO([p], **options) for p in self.params]
-
-    def start_anew(self, key, p, options):
-        self.params[key] = nn.Parameter(p.detach().clone())
-        self.optimizers[key] = lodo.LODO([self.params[key]], **options)
-
-    def step(self, step, takes, lr=None):
-        give(self.params, step, takes)
-        for p, optimizer in zip(self.params, self.optimizers, strict=True):
-            if p.grad is not None:
-                optimizer.param_groups[0]["lr"] = lr or optimizer.param_groups[0]["lr"]
-                optimizer.step()
-
-    def assert_same(self, params, optimizer):
-        for p, own, one in zip(params, self.params, self.optimizers, strict=True):
-            entry = without(one.state.get(own, {}))
-            found = without(optimizer.state[p]) if entry else {}
-            assert found.keys() == entry.keys()
-            assert found.get("unit", 1) == 1  # or nothing here could be expected to be the same
-            for name, value in {"parameter": own.detach(), **entry}.items():
-                given = p.detach() if name == "parameter" else found[name]
-                if self.is_exact or not value.is_floating_point():
-                    assert_same(given, value, name)
-                else:
-                    torch.testing.assert_close(
-                        given, value, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: name + text
-                    )
-
 
 # ---- elementwise networks: each parameter for itself -----------------------------------------------------------------
 
@@ -202,7 +115,7 @@ def test_counts_are_those_of_adam(options):
         give(params, step, now_and_then), give(others, step, now_and_then)
         optimizer.step(), adam.step()
         for p, q in zip(params, others, strict=True):
-            assert optimizer.state[p].get("step", 0) == adam.state[q].get("step", 0) if p in optimizer.state else True
+            assert optimizer.state.get(p, {}).get("step", 0) == adam.state.get(q, {}).get("step", 0)
 
 
 # ---- state that is taken away, exchanged, or comes late --------------------------------------------------------------
@@ -427,204 +340,3 @@ def test_a_bad_gradient_of_one_expert_leaves_all_of_them(options, where):
     assert_same(model.state_dict(), twin.state_dict())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert_same(without(optimizer.state[p]), without(other.state[q]))
-
-
-# ---- networks of the whole group -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["paper", "paper, SGD inside", "residual", "diagonal"])
-@pytest.mark.parametrize(("late", "place"), [(0, 0), (1, 2), (30, 0), (30, 2)])
-def test_before_its_first_gradient_a_parameter_counts_as_one_of_zeros(name, late, place, where):
-    """It is not moved meanwhile, and all others take the steps that they take with such gradients."""
-    params = made()
-    others, start = twins(params), params[place].detach().clone()
-    optimizer, other = lodo.LODO(params, **WHOLE[name]), lodo.LODO(others, **WHOLE[name])
-    for step in range(late + 30):
-        give(params, step, lambda key, step: key != place or step >= late)
-        give(others, step, always)
-        if step < late:
-            others[place].grad.zero_()
-        optimizer.step(), other.step()
-        if step < late:
-            others[place].data.copy_(start)
-        assert torch.equal(flat(params), flat(others))
-    for key, (p, q) in enumerate(zip(params, others, strict=True)):
-        assert int(optimizer.state[p]["step"]) == (30 if key == place else late + 30)
-        assert_same({**optimizer.state[p], "step": 0}, {**other.state[q], "step": 0})
-
-
-@each_whole
-def test_after_its_first_gradient_one_that_is_missing_counts_as_zero_and_as_a_step(options, where):
-    params = made()
-    others = twins(params)
-    optimizer, other = lodo.LODO(params, **options), lodo.LODO(others, **options)
-    for step in range(40):
-        give(params, step, lambda key, step: step == 0 or now_and_then(key, step)), give(others, step, always)
-        if all(p.grad is None for p in params):
-            continue
-        kept = [q.detach().clone() for q in others]
-        for p, q in zip(params, others, strict=True):
-            if p.grad is None:
-                q.grad.zero_()
-        before = flat(params)
-        optimizer.step(), other.step()
-        if "base" not in options and "scale_lr" not in options:  # whose record sees what is taken back
-            for p, q, x in zip(params, others, kept, strict=True):
-                if p.grad is None:
-                    q.data.copy_(x)
-            assert torch.equal(flat(params), flat(others))
-        for p, x in zip(params, before.split([p.numel() for p in params]), strict=True):
-            assert (p.grad is not None) or torch.equal(p.detach().flatten(), x)
-    assert len({int(optimizer.state[p]["step"]) for p in params}) == 1
-    assert_finite(optimizer)
-
-
-@each_whole
-def test_a_late_parameter_of_a_network_of_the_whole_group_trains(options, where):
-    params = made()
-    optimizer = lodo.LODO(params, **options)
-    start = [p.detach().clone() for p in params]
-    for step in range(120):
-        give(params, step, lambda key, step: key != 1 or step >= 40)
-        optimizer.step()
-        assert torch.equal(params[1].detach(), start[1]) == (step < 40)
-    assert [int(optimizer.state[p]["step"]) for p in params] == [120, 80, 120, 120]
-    targets = [noisy(p.shape, 20 + key) + 2 for key, p in enumerate(params)]
-    for keys in (range(4), [1]):
-        before, after = (sum((own[key] - targets[key]).square().sum() for key in keys) for own in (start, params))
-        assert after < 0.8 * before
-    assert_finite(optimizer)
-
-
-@each_whole
-@pytest.mark.parametrize("place", [1, 3])
-def test_an_exchanged_parameter_of_the_same_size_keeps_the_network(place, options, kernel):
-    params = made()
-    optimizer = lodo.LODO(params, **options)
-    for step in range(20):
-        give(params, step, always)
-        optimizer.step()
-    network = getattr(optimizer.preconditioners[0], "network", optimizer.preconditioners[0])
-    theta = network.theta.clone()
-    others = [copy.deepcopy(optimizer.state[p]) for p in params]
-    optimizer.state.pop(params[place])
-    params[place] = nn.Parameter(noisy(params[place].shape, 77))
-    optimizer.param_groups[0]["params"][place] = params[place]
-    network = getattr(optimizer.preconditioners[0], "network", optimizer.preconditioners[0])
-    assert torch.equal(network.theta, theta)
-    assert int(optimizer.state[params[0]]["meta_step"]) == 20
-    for key, (p, entry) in enumerate(zip(params, others, strict=True)):
-        assert int(optimizer.state[p]["step"]) == (0 if key == place else 20)
-        assert key == place or torch.equal(optimizer.state[p]["momentum"], entry["momentum"])
-    for step in range(20, 40):
-        give(params, step, always)
-        optimizer.step()
-    assert [int(optimizer.state[p]["step"]) for p in params] == [20 if key == place else 40 for key in range(4)]
-    assert_finite(optimizer)
-
-
-LOST = "LODO loaded momentum without the network"
-
-
-@each_whole
-def test_popping_the_first_parameter_takes_the_network_away(options, kernel):
-    """Which is said, once. The others keep what is theirs alone."""
-    params = made()
-    optimizer = lodo.LODO(params, **options)
-    for step in range(20):
-        give(params, step, always)
-        optimizer.step()
-    others = [copy.deepcopy(optimizer.state[p]) for p in params]
-    optimizer.state.pop(params[0])
-    with pytest.warns(UserWarning, match=LOST):
-        network = optimizer.preconditioners[0]
-    fresh = lodo.LODO(twins(params), **options)
-    give(fresh.param_groups[0]["params"], 0, always)
-    fresh.param_groups[0].update(lr=0.0, meta_lr=0.0)
-    fresh.step()
-    expected = fresh.preconditioners[0]
-    assert torch.equal(network.theta, expected.theta)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(20, 40):
-            give(params, step, always)
-            optimizer.step()
-            if step == 20:
-                assert [int(optimizer.state[p]["step"]) for p in params] == [1, 21, 21, 21]
-                assert int(optimizer.state[params[0]]["meta_step"]) == 1
-    for p, entry in zip(params[1:], others[1:], strict=True):
-        assert int(entry["step"]) == 20
-        assert int(optimizer.state[p]["step"]) == 40
-    assert_finite(optimizer)
-
-
-@each_whole
-@pytest.mark.parametrize("place", [1, 3])
-def test_popping_another_one_leaves_the_network(place, options, kernel):
-    params = made()
-    optimizer = lodo.LODO(params, **options)
-    for step in range(20):
-        give(params, step, always)
-        optimizer.step()
-    theta = optimizer.preconditioners[0].theta.clone()
-    optimizer.state.pop(params[place])
-    assert torch.equal(optimizer.preconditioners[0].theta, theta)
-    for step in range(20, 40):
-        give(params, step, always)
-        optimizer.step()
-    assert [int(optimizer.state[p]["step"]) for p in params] == [20 if key == place else 40 for key in range(4)]
-    assert int(optimizer.state[params[0]]["meta_step"]) == 40
-    assert_finite(optimizer)
-
-
-@each_whole
-@pytest.mark.parametrize("place", [1, 3])
-def test_an_exchanged_parameter_of_another_size_is_refused_by_the_sizes(place, options, kernel):
-    params = made()
-    optimizer = lodo.LODO(params, **options)
-    for step in range(5):
-        give(params, step, always)
-        optimizer.step()
-    theta = optimizer.state[params[0]]["theta"].clone()
-    params[place] = nn.Parameter(noisy((7, 9), 77))
-    optimizer.param_groups[0]["params"][place] = params[place]
-    give(params, 5, always)
-    before = flat(params)
-    size = sum(p.numel() for p in params)
-    shape = str(tuple(theta.shape)).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(RuntimeError, match=rf"theta of shape {shape}.* for the {size} elements .*add_param_group"):
-        optimizer.step()
-    assert torch.equal(flat(params), before)
-    assert torch.equal(optimizer.state[params[0]]["theta"], theta)
-
-
-@each_whole
-def test_a_frozen_first_parameter_of_the_whole_group_may_be_unfrozen(options, kernel):
-    """The network then lies with it, and a run that was saved before and behind goes on bit for bit."""
-    params = made()
-    params[0].requires_grad_(False)
-    optimizer = lodo.LODO(params, **options)
-    start = params[0].detach().clone()
-
-    def takes(key, step):
-        return params[key].requires_grad
-
-    for step in range(60):
-        if step == 30:
-            params[0].requires_grad_(True)
-        if step in (29, 30, 45):
-            others = twins(params)
-            others[0].requires_grad_(params[0].requires_grad)
-            other = lodo.LODO(others, **options)
-            other.load_state_dict(through_file(optimizer.state_dict()))
-        give(params, step, takes)
-        optimizer.step()
-        assert torch.equal(params[0].detach(), start) == (step < 30)
-        assert "theta" in optimizer.state[params[step < 30]]
-        if step >= 29:
-            others[0].requires_grad_(params[0].requires_grad)
-            give(others, step, takes)
-            other.step()
-            assert torch.equal(flat(params), flat(others)), step
-    assert_same(other.state_dict(), optimizer.state_dict())
-    assert int(optimizer.state[params[0]]["step"]) == 30
