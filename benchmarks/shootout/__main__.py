@@ -10,18 +10,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.shootout.bootstrap import DRAWS
 from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender
-from benchmarks.shootout.plan import SEEDS, Plan, load, untuned_pairs
-from benchmarks.shootout.running import CHANGE, FINAL, ROBUST, TUNE
+from benchmarks.shootout.plan import Plan, untuned_pairs
+from benchmarks.shootout.running import CALIBRATE, CHANGE, FINAL, ROBUST, TUNE
 from benchmarks.shootout.sharing import work_on
-from benchmarks.shootout.tasks import TASKS, get_task
+from benchmarks.shootout.tasks import SEALED_TASKS, TASKS, get_task
 
 REPORT = "report"
-STAGES = (TUNE, FINAL, ROBUST, CHANGE, REPORT)
-ELSEWHERE = {"SOAP", "PSGD-Kron", "Prodigy", "schedule-free AdamW"}  # contenders from pytorch_optimizer
+STAGES = (TUNE, CALIBRATE, FINAL, ROBUST, CHANGE, REPORT)
+NATIVE = {"AdamW", "SGD", "L-BFGS", "AdamW, torch's defaults", "NAdamW, calibrated", "LODO", "LODO, tuned"}
+"""Contenders that need no pytorch_optimizer."""
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shootout", description=__doc__)
     parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {', '.join(STAGES)}")
     parser.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}")
@@ -31,13 +33,23 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--trials", type=int, help="of every search, instead of the protocol's numbers")
     parser.add_argument("--steps", type=int, help="of every run, instead of the tasks' own; for trying out")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="final runs of each pair, at seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, help="final runs of each pair, at seeds 0, 1, ..., not the protocol's")
     parser.add_argument("--robust-seeds", type=int, default=1, help="the same at every wrong learning rate")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap")
+    parser.add_argument("--redo", action="store_true", help="LODO's runs with other code than the present one again")
+    parser.add_argument(
+        "--sealed", action="store_true", help="the sealed tasks instead of the others: to be looked at once"
+    )
     parser.add_argument(
         "--lodo", default="{}", help="JSON: options of untuned LODO, over the recommended ones; null drops one"
     )
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
+    parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("workers", "trials", "steps", "seeds", "robust_seeds"):
+    for name in ("workers", "trials", "steps", "seeds", "robust_seeds", "draws"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -51,15 +63,17 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[str, ...]]:
 
 
 def _plan(options: argparse.Namespace, stages: Sequence[str]) -> Plan:
-    tasks = list(dict.fromkeys(options.tasks.split(","))) if options.tasks else list(TASKS)
+    default = SEALED_TASKS if options.sealed else TASKS
+    tasks = list(dict.fromkeys(options.tasks.split(","))) if options.tasks else list(default)
     names = [name.strip() for name in options.contenders.split(";")] if options.contenders else list(CONTENDERS)
     for task in tasks:
-        get_task(task)
+        if get_task(task).name in SEALED_TASKS and not options.sealed:
+            raise ValueError(f"the task {task!r} is sealed, to be looked at once: --sealed opens it")
     for name in names:
         get_contender(name)
     _check_packages(names, stages)
     if options.data_root is None and set(stages) != {REPORT}:
-        for task in [task for task in tasks if TASKS[task].needs_mnist]:
+        for task in [task for task in tasks if get_task(task).needs_mnist]:
             print(f"{task} is skipped: it needs --data-root, the folder of MNIST's files", file=sys.stderr)
             tasks.remove(task)
     try:
@@ -77,9 +91,11 @@ def _plan(options: argparse.Namespace, stages: Sequence[str]) -> Plan:
         workers=options.workers,
         recommended=recommended,
         trials=options.trials,
-        seeds=range(options.seeds),
-        robust_seeds=range(options.robust_seeds),
+        seeds=options.seeds,
+        robust_seeds=options.robust_seeds,
         steps=options.steps,
+        redoes=options.redo,
+        draws=options.draws,
     )
 
 
@@ -92,7 +108,7 @@ def _check_packages(contenders: Sequence[str], stages: Sequence[str]) -> None:
     needed = {"matplotlib"} if REPORT in stages else set()
     needed |= {"optuna"} if TUNE in stages else set()
     if set(stages) != {REPORT}:
-        needed |= {"sklearn"} | ({"pytorch_optimizer"} if ELSEWHERE & set(contenders) else set())
+        needed |= {"sklearn"} | ({"pytorch_optimizer"} if set(contenders) - NATIVE else set())
         # torch.einsum does without it, but then builds outer products of Kron's factors.
         needed |= {"opt_einsum"} if "PSGD-Kron" in contenders else set()
     if missing := sorted(name for name in needed if importlib.util.find_spec(name) is None):
@@ -111,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except ValueError as error:  # nothing to report on
                 sys.exit(str(error))
             continue
-        if stage in (FINAL, ROBUST) and (missing := untuned_pairs(plan, load(plan.records_path))):
+        if stage in (FINAL, ROBUST) and (missing := untuned_pairs(plan, plan.load())):
             print(f"{stage}: left out, for they are not tuned yet: {'; '.join(missing)}", file=sys.stderr)
         work_on(plan, stage)
 

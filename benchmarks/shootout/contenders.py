@@ -1,53 +1,36 @@
 """The optimizers of the comparison: how each is made for a problem, what of it is tuned, where it applies.
 
-Every contender's search begins with a scan of its learning rate, so all ranges are wide; weight decay is 0 throughout,
-since the training loss is what is compared.
+Three sorts: those that are tuned on every task, within the ranges that their authors recommend; those that run with one
+setting on all tasks ("anchors"), chosen among a few on the tasks to choose on; and LODO, which is run as it is.
+docs/peers.md says for each what is searched and why.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 import lodo
 from benchmarks.shootout.problem import Problem, Task
+from benchmarks.shootout.spaces import Choice, Range, Space, momentum, rate, second_decay, weight_decay
 
 RECOMMENDED: Mapping[str, Any] = {**lodo.RECOMMENDED, "momentum_decays": list(lodo.RECOMMENDED["momentum_decays"])}
 """What "LODO" is run with, untuned, on every task, `lodo.AutoLODO(params)`; lists, as JSON gives them back."""
-SEARCHED_LODO = ("lr", "beta")  # of the tuned one; all else is as recommended
+SEARCHED_LODO = ("lr", "beta", "weight_decay")  # of the tuned one; all else is as recommended
 _AUTO = {*inspect.signature(lodo.AutoLODO).parameters, "preconditioner"}
 
 Options = Mapping[str, Any]
-BOTH = ("constant", "cosine")
-TRIALS = 12  # of AdamW, SGD and LODO, with each schedule
-PEER_TRIALS = 8
-
-
-@dataclass(frozen=True)
-class Range:
-    """Where a hyperparameter is searched, log-uniformly.
-
-    Attributes:
-        default: what it is while the learning rate is scanned.
-        is_decay: the number is 1 minus what is searched, as for a momentum.
-    """
-
-    low: float
-    high: float
-    default: float
-    is_decay: bool = False
-
-    def value(self, position: float) -> float:
-        return 1 - position if self.is_decay else position
-
-    @property
-    def start(self) -> float:
-        return 1 - self.default if self.is_decay else self.default
+WARMUP = 0.05  # the share of the steps in which the learning rate rises from near 0, for whoever has one
+SCHEDULED = Choice(("warmup_cosine", "warmup"))
+TRIALS = 40  # of AdamW
+PEER_TRIALS = 24
+SEEDS, PEER_SEEDS = 5, 3  # final runs: of AdamW, of LODO and of what has one setting; of the other peers
+PLAIN_MOMENTUM = 1e6  # of torch's NAdam: its momentum does not warm up
 
 
 @dataclass(frozen=True)
@@ -55,20 +38,27 @@ class Contender:
     """One optimizer.
 
     Attributes:
-        make: the optimizers that step together, from the problem and the hyperparameters.
-        space: what is tuned; empty for a contender that is run as it is.
-        trials: of the search, with each of `schedules`.
-        is_averaging: its loss is to be taken at an average of the points where it takes gradients.
+        make: the optimizers that step together, from the problem, the hyperparameters, a seed and the number of steps.
+        space: what is tuned, "schedule" among it; empty for a contender that is run as it is.
+        trials: of the search.
+        afterwards: options that are tried on top of the best settings when the search is done, since they cost much.
+        candidates: settings of which one is taken for all tasks; a contender has these, a space, or neither.
+        schedule: where it is not searched.
+        seeds: how many final runs it has on each task.
+        is_averaging: it is evaluated at an average of the points where it takes gradients.
         uses_closure: `step` calls for as many evaluations as it likes.
         needs_matrices: it does not apply where no matrix is to be trained.
         needs_exact_losses: it applies to deterministic tasks only.
     """
 
     name: str
-    make: Callable[[Problem, Options, int], list[Optimizer]]
-    space: Mapping[str, Range] = field(default_factory=dict)
+    make: Callable[[Problem, Options, int, int], list[Optimizer]]
+    space: Space = field(default_factory=dict)
     trials: int = PEER_TRIALS
-    schedules: Sequence[str] = BOTH
+    afterwards: Options = field(default_factory=dict)
+    candidates: Sequence[Options] = ()
+    schedule: str = "constant"
+    seeds: int = PEER_SEEDS
     is_averaging: bool = False
     uses_closure: bool = False
     needs_matrices: bool = False
@@ -79,53 +69,57 @@ class Contender:
             return False
         return task.has_matrices or not self.needs_matrices
 
+    def space_of(self, task: Task) -> Space:
+        """Weight decay is searched only where data come again and again, so that it may help."""
+        return {name: each for name, each in self.space.items() if name != "weight_decay" or task.has_finite_data}
 
-def _sgd(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
+
+def _sgd(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
     return [torch.optim.SGD(problem.params, fused=True, **options)]
 
 
-def _adamw(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
-    rest = {"lr": options["lr"], "betas": (options["beta1"], options["beta2"])}
-    return [torch.optim.AdamW(problem.params, weight_decay=0.0, fused=True, **rest)]
+def _adamw(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
+    """torch's, or with Nesterov's momentum torch's NAdam, whose momentum is here the same at every step: NAdamW."""
+    rest: dict[str, Any] = {
+        "lr": options["lr"],
+        "betas": (options["beta1"], options["beta2"]),
+        "weight_decay": options.get("weight_decay", 0.0),
+    }
+    if options["nesterov"]:
+        rest |= {"momentum_decay": PLAIN_MOMENTUM, "decoupled_weight_decay": True, "foreach": True}
+        return [torch.optim.NAdam(problem.params, **rest)]
+    return [torch.optim.AdamW(problem.params, fused=True, **rest)]
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that Muon is for: matrices, but not those of embeddings."""
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [param for param in model.parameters() if param.ndim == 2 and param not in embeddings]
+def hidden_matrices(model: nn.Module, with_head: bool = True) -> list[nn.Parameter]:
+    """The parameters that Muon is for: matrices and filters, but not those of embeddings, nor of the last layer if
+    `with_head` is false."""
+    own = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    found = [param for module in own for param in _own_matrices(module).values()]
+    head = [each["weight"] for module in own if "weight" in (each := _own_matrices(module))][-1:]
+    return found if with_head else [param for param in found if all(param is not each for each in head)]
 
 
-class _WithoutBfloat16(TorchFunctionMode):
-    """Inside, `tensor.bfloat16()` is a copy of the tensor in its own dtype."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Options | None = None
-    ) -> Any:
-        if func is torch.Tensor.bfloat16:
-            return args[0].clone()
-        return func(*args, **(kwargs or {}))
+def _own_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in module.named_parameters(recurse=False) if param.ndim >= 2}
 
 
-class Muon(torch.optim.Muon):
-    """torch's, but orthogonalised in the parameters' dtype.
+def _muon(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
+    """Muon for the hidden matrices and filters, AdamW with the betas of Muon's authors for the rest."""
+    from pytorch_optimizer import Muon  # a large package, only where it is used; torch's own refuses filters
 
-    A CPU without instructions for bfloat16, which torch casts to, takes some six times as long for a step in it.
-    """
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        with _WithoutBfloat16():
-            loss: float | None = super().step(closure)
-        return loss
-
-
-def _muon(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
-    """Muon for the matrices, with steps as long as AdamW's, which has the rest at the same learning rate."""
-    matrices = hidden_matrices(problem.model)
+    matrices = hidden_matrices(problem.model, options["head"] == "muon")
     own = set(matrices)
     rest = [param for param in problem.params if param not in own]
-    muon = Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **options)
-    others: list[Optimizer] = [torch.optim.AdamW(rest, lr=options["lr"], weight_decay=0.0, fused=True)] if rest else []
-    return [muon, *others]
+    decay = options.get("weight_decay", 0.0)
+    group = {"params": matrices, "use_muon": True}
+    found: list[Optimizer] = []
+    if matrices:
+        found.append(Muon([group], lr=options["lr"], momentum=options["momentum"], weight_decay=decay))
+    if rest:
+        adamw = {"lr": options["adamw_lr"], "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": decay}
+        found.append(torch.optim.AdamW(rest, fused=True, **adamw))
+    return found
 
 
 def _is_one_vector(problem: Problem) -> bool:
@@ -133,33 +127,48 @@ def _is_one_vector(problem: Problem) -> bool:
     return all(param.ndim < 2 for param in problem.params)
 
 
-def _soap(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
-    from pytorch_optimizer import SOAP  # a large package, only where it is used
+def _soap(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
+    from pytorch_optimizer import SOAP
 
-    betas = (options["beta1"], options["beta2"])
-    return [SOAP(problem.params, options["lr"], betas, weight_decay=0.0, precondition_1d=_is_one_vector(problem))]
+    rest = {
+        "betas": (options["beta1"], options["beta2"]),
+        "weight_decay": options.get("weight_decay", 0.0),
+        "precondition_frequency": options.get("precondition_frequency", 10),
+    }
+    return [SOAP(problem.params, options["lr"], precondition_1d=_is_one_vector(problem), **rest)]
 
 
-def _kron(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
+def _kron(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
     from pytorch_optimizer import Kron
 
     smallest = 1 if _is_one_vector(problem) else 2
     return [Kron(problem.params, precondition_dtype=None, min_ndim_triangular=smallest, **options)]
 
 
-def _prodigy(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
+def _prodigy(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
     from pytorch_optimizer import Prodigy
 
-    return [Prodigy(problem.params, lr=options["lr"], betas=(0.9, options["beta2"]))]
+    rest = {"betas": (0.9, options["beta2"]), "weight_decay": options.get("weight_decay", 0.0)}
+    # Its authors' advice beside a warm-up: the rate's rise must not count in the estimate of the distance.
+    return [Prodigy(problem.params, lr=options["lr"], safeguard_warmup=True, **rest)]
 
 
-def _schedule_free(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
+def _schedule_free(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
     from pytorch_optimizer import ScheduleFreeAdamW
 
-    return [ScheduleFreeAdamW(problem.params, lr=options["lr"], betas=(options["beta1"], 0.999))]
+    rest = {"betas": (options["beta1"], options["beta2"]), "weight_decay": options.get("weight_decay", 0.0)}
+    return [ScheduleFreeAdamW(problem.params, lr=options["lr"], warmup_steps=round(WARMUP * steps), **rest)]
 
 
-def _lbfgs(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
+def _ademamix(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
+    from pytorch_optimizer import AdEMAMix
+
+    rest = {"betas": (options["beta1"], 0.999, options["beta3"]), "weight_decay": options.get("weight_decay", 0.0)}
+    plain = {"alpha": options["alpha"], "weight_decouple": True, "t_alpha_beta3": steps}
+    return [AdEMAMix(problem.params, lr=options["lr"], **rest, **plain)]
+
+
+def _lbfgs(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
     return [
         torch.optim.LBFGS(
             problem.params,
@@ -174,7 +183,7 @@ def _lbfgs(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
     ]
 
 
-def _lodo(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
+def _lodo(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
     """AutoLODO where the options say all that it is made of, so that none is its default where LODO's is another."""
     is_auto = options.get("preconditioner") == RECOMMENDED["preconditioner"]
     if is_auto and RECOMMENDED.keys() <= options.keys() <= _AUTO:
@@ -182,43 +191,150 @@ def _lodo(problem: Problem, options: Options, seed: int) -> list[Optimizer]:
     return [lodo.LODO(problem.params, seed=seed, **options)]
 
 
-_MOMENTUM = Range(1e-2, 1.0, 0.9, is_decay=True)
-_BETA1 = Range(1e-2, 0.5, 0.9, is_decay=True)
-_BETA2 = Range(1e-3, 0.1, 0.999, is_decay=True)
-_ADAM_LR = Range(1e-4, 10.0, 1e-3)
+def _settings(schedules: Sequence[str], **options: Sequence[Any]) -> tuple[Options, ...]:
+    """All combinations, the schedule among them."""
+    names = ("schedule", *options)
+    return tuple(dict(zip(names, values, strict=True)) for values in product(schedules, *options.values()))
 
+
+_NADAMW = _settings(
+    ("warmup_cosine",),
+    lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    beta1=(0.9, 0.95),
+    beta2=(0.99, 0.999),
+    weight_decay=(0.0, 0.1),
+    nesterov=(True,),
+)
+_SCHEDULE_FREE = _settings(
+    ("constant",), lr=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1), beta1=(0.9, 0.95, 0.98), beta2=(0.999,), weight_decay=(0.0, 0.1)
+)
+_PRODIGY = _settings(("warmup_cosine", "warmup"), lr=(0.5, 1.0, 2.0), beta2=(0.99, 0.999), weight_decay=(0.0, 0.1))
+
+_ADAM: Space = {
+    "lr": rate(1e-4, 1.0, 1e-3),
+    "schedule": SCHEDULED,
+    "nesterov": Choice((False, True)),
+    "beta1": momentum(0.9),
+    "beta2": second_decay(0.999),
+    "weight_decay": weight_decay(),
+}
 _ALL = (
-    Contender("AdamW", _adamw, {"lr": _ADAM_LR, "beta1": _BETA1, "beta2": _BETA2}, TRIALS),
-    Contender("SGD", _sgd, {"lr": Range(1e-4, 10.0, 1e-2), "momentum": _MOMENTUM}, TRIALS),
-    Contender("Muon", _muon, {"lr": Range(1e-4, 1.0, 1e-2), "momentum": _MOMENTUM}, needs_matrices=True),
-    Contender("SOAP", _soap, {"lr": Range(1e-4, 1.0, 3e-3), "beta1": _BETA1, "beta2": Range(1e-3, 0.1, 0.95, True)}),
-    Contender("PSGD-Kron", _kron, {"lr": Range(1e-4, 1.0, 1e-3), "momentum": _MOMENTUM}),
-    Contender("Prodigy", _prodigy, {"lr": Range(1e-2, 10.0, 1.0), "beta2": _BETA2}),
+    Contender("AdamW", _adamw, _ADAM, TRIALS, seeds=SEEDS),
+    Contender(
+        "SGD",
+        _sgd,
+        {
+            "lr": rate(1e-3, 1.0, 1e-2),
+            "schedule": SCHEDULED,
+            "nesterov": Choice((True, False)),
+            "momentum": momentum(0.9, low=5e-3),
+            "weight_decay": weight_decay(1e-2),
+        },
+    ),
+    Contender(
+        "Muon",
+        _muon,
+        {
+            "lr": rate(2e-3, 0.2, 2e-2),
+            "schedule": SCHEDULED,
+            "head": Choice(("adamw", "muon")),
+            "momentum": momentum(0.95, high=0.3),
+            "adamw_lr": rate(3e-4, 3e-2, 3e-3),
+            "weight_decay": weight_decay(),
+        },
+        needs_matrices=True,
+    ),
+    Contender(
+        "SOAP",
+        _soap,
+        {
+            "lr": rate(3e-4, 0.3, 3e-3),
+            "schedule": SCHEDULED,
+            "beta1": momentum(0.95),
+            "beta2": second_decay(0.95, low=1e-3),
+            "weight_decay": weight_decay(),
+        },
+        afterwards={"precondition_frequency": 1},
+    ),
+    Contender(
+        "PSGD-Kron",
+        _kron,
+        {
+            "lr": rate(1e-4, 0.1, 1e-3),
+            "schedule": SCHEDULED,
+            "momentum": momentum(0.9),
+            "weight_decay": weight_decay(),
+        },
+    ),
+    Contender(
+        "Prodigy",
+        _prodigy,
+        {
+            "lr": rate(0.1, 10.0, 1.0),
+            "schedule": SCHEDULED,
+            "beta2": second_decay(0.999),
+            "weight_decay": weight_decay(),
+        },
+    ),
     Contender(
         "schedule-free AdamW",
         _schedule_free,
-        {"lr": Range(1e-4, 10.0, 2.5e-3), "beta1": Range(1e-2, 0.5, 0.9, is_decay=True)},
-        schedules=("constant",),
+        {
+            "lr": rate(3e-4, 1.0, 2.5e-3),
+            "beta1": momentum(0.9),
+            "beta2": second_decay(0.999),
+            "weight_decay": weight_decay(),
+        },
         is_averaging=True,
+    ),
+    Contender(
+        "AdEMAMix",
+        _ademamix,
+        {
+            "lr": rate(1e-4, 0.1, 1e-3),
+            "schedule": SCHEDULED,
+            "beta1": momentum(0.9),
+            "beta3": Range(1e-4, 1e-2, 0.999, is_decay=True, floor=1e-5, ceiling=0.1),
+            "alpha": Range(1.0, 10.0, 5.0, floor=0.1, ceiling=30.0),
+            "weight_decay": weight_decay(),
+        },
     ),
     Contender(
         "L-BFGS",
         _lbfgs,
-        {"lr": Range(1e-2, 10.0, 1.0), "history_size": Range(5, 100, 20)},
-        schedules=("constant",),
+        {"lr": rate(0.1, 10.0, 1.0), "history_size": Range(5, 100, 20, floor=1, ceiling=500)},
         uses_closure=True,
         needs_exact_losses=True,
     ),
-    Contender("LODO", _lodo, schedules=("constant",), trials=0),
+    Contender(
+        "AdamW, torch's defaults",
+        _adamw,
+        candidates=_settings(
+            ("constant",), lr=(1e-3,), beta1=(0.9,), beta2=(0.999,), weight_decay=(0.01,), nesterov=(False,)
+        ),
+        seeds=SEEDS,
+    ),
+    Contender("NAdamW, calibrated", _adamw, candidates=_NADAMW, seeds=SEEDS),
+    Contender(
+        "schedule-free AdamW, calibrated", _schedule_free, candidates=_SCHEDULE_FREE, seeds=SEEDS, is_averaging=True
+    ),
+    Contender("Prodigy, calibrated", _prodigy, candidates=_PRODIGY, seeds=SEEDS),
+    Contender("LODO", _lodo, seeds=SEEDS),
     Contender(
         "LODO, tuned",
         _lodo,
-        {"lr": Range(1e-5, 1e-1, 1e-3), "beta": _MOMENTUM},
-        TRIALS,
+        {
+            "lr": rate(1e-5, 0.1, 1e-3),
+            "schedule": Choice(("constant", "warmup_cosine")),
+            "beta": momentum(0.9),
+            "weight_decay": weight_decay(),
+        },
     ),
 )
 CONTENDERS: Mapping[str, Contender] = {contender.name: contender for contender in _ALL}
 UNTUNED, TUNED, REFERENCE = "LODO", "LODO, tuned", "AdamW"
+CLOCK, ANCHOR = "AdamW, torch's defaults", "NAdamW, calibrated"
+"""Whose runs are the unit of seconds, for torch's is fused; and what untuned LODO has to be compared with."""
 
 
 def get_contender(name: str) -> Contender:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.shootout.images import digits_pixels
-from benchmarks.shootout.problem import Problem, rows
+from benchmarks.shootout.problem import Problem, held_out, rows, share_correct
 
 CODE = 8  # numbers that the variational autoencoder has for an image
 FREQUENCIES = 8  # of the sine and cosine features of the noise level
+HELD_OUT, HELD_OUT_SEQUENCES = 2000, 250
 LENGTH, VALUES = 12, 16  # of the sequences that are sorted
 
 
@@ -36,7 +37,7 @@ class VariationalAutoencoder(nn.Module):
 
 def vae(seed: int, root: Path | None) -> Problem:
     """A variational autoencoder of scikit-learn's digits: minus the evidence lower bound; batches of 64."""
-    pixels = digits_pixels()
+    pixels, others = digits_pixels()
 
     def draw(generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
         return pixels[rows(generator, len(pixels), 64)], torch.randn(64, CODE, generator=generator)
@@ -47,7 +48,8 @@ def vae(seed: int, root: Path | None) -> Problem:
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
         return (misfit + divergence) / len(mean)
 
-    return Problem(VariationalAutoencoder(), draw, objective, seed)
+    noise = torch.randn(len(others), CODE, generator=torch.Generator().manual_seed(seed + 17))
+    return Problem(VariationalAutoencoder(), draw, objective, seed, validate=held_out((others, noise), objective))
 
 
 class Residual(nn.Module):
@@ -73,19 +75,20 @@ def diffusion(seed: int, root: Path | None) -> Problem:
         nn.Linear(2 + 2 * FREQUENCIES, 48), Residual(48), Residual(48), nn.LayerNorm(48), nn.Linear(48, 2)
     )
 
-    def draw(generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
-        turn = 3 * math.pi * torch.rand(128, 1, generator=generator).sqrt()
-        arm = 1 - 2 * torch.randint(2, (128, 1), generator=generator)
+    def draw(generator: torch.Generator, step: int, count: int = 128) -> tuple[Tensor, Tensor]:
+        turn = 3 * math.pi * torch.rand(count, 1, generator=generator).sqrt()
+        arm = 1 - 2 * torch.randint(2, (count, 1), generator=generator)
         points = arm * turn / 5 * torch.cat((turn.cos(), turn.sin()), dim=1)
-        noise = torch.randn(128, 2, generator=generator)
-        level = math.pi / 2 * torch.rand(128, 1, generator=generator)
+        noise = torch.randn(count, 2, generator=generator)
+        level = math.pi / 2 * torch.rand(count, 1, generator=generator)
         waves = level * torch.arange(1, FREQUENCIES + 1)
         return torch.cat((level.cos() * points + level.sin() * noise, waves.sin(), waves.cos()), dim=1), noise
 
     def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.mse_loss(model(batch[0]), batch[1])
 
-    return Problem(model, draw, objective, seed)
+    others = draw(torch.Generator().manual_seed(seed + 17), 0, HELD_OUT)
+    return Problem(model, draw, objective, seed, validate=held_out(others, objective))
 
 
 class Sorter(nn.Module):
@@ -110,11 +113,12 @@ class Sorter(nn.Module):
 def sorting(seed: int, root: Path | None) -> Problem:
     """A transformer of two layers of width 32 sorts twelve numbers of sixteen; batches of 32 sequences."""
 
-    def draw(generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
-        drawn = torch.randint(VALUES, (32, LENGTH), generator=generator)
+    def draw(generator: torch.Generator, step: int, count: int = 32) -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(VALUES, (count, LENGTH), generator=generator)
         return drawn, drawn.sort(dim=1).values
 
     def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
-    return Problem(Sorter(), draw, objective, seed)
+    others = draw(torch.Generator().manual_seed(seed + 17), 0, HELD_OUT_SEQUENCES)
+    return Problem(Sorter(), draw, objective, seed, validate=held_out(others, objective, share_correct))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.shootout.problem import Problem, rows
+from benchmarks.shootout.problem import Problem, Validate, held_out, rows, share_correct
 from examples.image_data import ImageData, digits, mnist
 
 Batch = tuple[Tensor, Tensor]
 PIXEL_NOISE = 0.5  # of the digits, on which a network would fit every image exactly
+HELD_OUT = 2000  # of MNIST's test images: the first ones
 SCALES = (1e-2, 1e2, 1e-1, 10.0)  # of the layers of the scaled network
 
 
@@ -27,6 +28,22 @@ def _digits() -> ImageData:
 @cache
 def _mnist(root: Path) -> ImageData:
     return mnist(root)
+
+
+@cache
+def _small_mnist(root: Path) -> tuple[Tensor, Tensor]:
+    """MNIST's images at 14 x 14 pixels, to train on and to validate with."""
+    data = _mnist(root)
+    every = (data.train_images, data.test_images[:HELD_OUT])
+    train, others = (F.avg_pool2d(images.view(-1, 1, 28, 28), 2) for images in every)
+    return train, others
+
+
+@cache
+def _mnist_pixels(root: Path) -> tuple[Tensor, Tensor]:
+    """MNIST's images as rows in [0, 1], to train on and to validate with."""
+    data = _mnist(root)
+    return _pixels(data, data.train_images), _pixels(data, data.test_images[:HELD_OUT])
 
 
 def _images(root: Path | None) -> ImageData:
@@ -45,6 +62,11 @@ def _classify(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def _held_out(data: ImageData) -> Validate:
+    """Of a classifier, on test images without noise."""
+    return held_out((data.test_images[:HELD_OUT], data.test_labels[:HELD_OUT]), _classify, share_correct)
+
+
 def _sampler(
     images: Tensor, labels: Tensor, batch_size: int, noise: float = 0.0
 ) -> Callable[[torch.Generator, int], Batch]:
@@ -60,20 +82,21 @@ def digits_mlp(seed: int, root: Path | None) -> Problem:
     """64-128-64-10, ReLU, on scikit-learn's digits with fresh noise on the pixels; batches of 128."""
     data = _digits()
     draw = _sampler(data.train_images, data.train_labels, 128, PIXEL_NOISE)
-    return Problem(_mlp((64, 128, 64, 10), nn.ReLU), draw, _classify, seed)
+    return Problem(_mlp((64, 128, 64, 10), nn.ReLU), draw, _classify, seed, validate=_held_out(data))
 
 
 def mnist_mlp(seed: int, root: Path | None) -> Problem:
     """784-64-32-10, ReLU; batches of 128."""
     data = _images(root)
     draw = _sampler(data.train_images, data.train_labels, 128)
-    return Problem(_mlp((784, 64, 32, 10), nn.ReLU), draw, _classify, seed)
+    return Problem(_mlp((784, 64, 32, 10), nn.ReLU), draw, _classify, seed, validate=_held_out(data))
 
 
 def mnist_cnn(seed: int, root: Path | None) -> Problem:
     """Two convolutions with pooling and a linear layer on MNIST at 14 x 14 pixels; batches of 64."""
     data = _images(root)
-    images = F.avg_pool2d(data.train_images.view(-1, 1, 28, 28), 2)
+    assert root is not None
+    images, others = _small_mnist(root)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.ReLU(),
@@ -84,7 +107,8 @@ def mnist_cnn(seed: int, root: Path | None) -> Problem:
         nn.Flatten(),
         nn.Linear(16 * 3 * 3, 10),
     )
-    return Problem(model, _sampler(images, data.train_labels, 64), _classify, seed)
+    validate = held_out((others, data.test_labels[:HELD_OUT]), _classify, share_correct)
+    return Problem(model, _sampler(images, data.train_labels, 64), _classify, seed, validate=validate)
 
 
 def autoencoder(seed: int, root: Path | None) -> Problem:
@@ -93,7 +117,8 @@ def autoencoder(seed: int, root: Path | None) -> Problem:
     Layers start orthogonal, which passes signals on through the tanh layers, and the last bias at the mean pixel's
     logit: else the first part of a run goes to finding the mean image.
     """
-    pixels = _pixels(_images(root))
+    assert root is not None
+    pixels, others = _mnist_pixels(root)
     model = _mlp((784, 96, 48, 12, 48, 96, 784), nn.Tanh)
     linear = [layer for layer in model if isinstance(layer, nn.Linear)]
     for layer in linear:
@@ -110,18 +135,19 @@ def autoencoder(seed: int, root: Path | None) -> Problem:
     def objective(model: nn.Module, batch: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(model(batch), batch, reduction="sum") / len(batch)
 
-    return Problem(model, draw, objective, seed)
+    return Problem(model, draw, objective, seed, validate=held_out(others, objective))
 
 
-def digits_pixels() -> Tensor:
-    """The images of scikit-learn's digits to train on, shape (images, 64), in [0, 1]."""
-    return _pixels(_digits())
+def digits_pixels() -> tuple[Tensor, Tensor]:
+    """The images of scikit-learn's digits to train on and to validate with, shape (images, 64), in [0, 1]."""
+    data = _digits()
+    return _pixels(data, data.train_images), _pixels(data, data.test_images)
 
 
-def _pixels(data: ImageData) -> Tensor:
-    """Back to [0, 1]: the standardised images' darkest pixel is black, the brightest white."""
+def _pixels(data: ImageData, images: Tensor) -> Tensor:
+    """Back to [0, 1]: the standardised training images' darkest pixel is black, the brightest white."""
     low, high = data.train_images.min(), data.train_images.max()
-    return (data.train_images - low) / (high - low)
+    return (images - low) / (high - low)
 
 
 class ScaledLinear(nn.Module):
@@ -144,4 +170,4 @@ def scaled_mlp(seed: int, root: Path | None) -> Problem:
     for inputs, outputs, scale in zip((64, 64, 64, 64), (64, 64, 64, 10), SCALES, strict=True):
         layers += [ScaledLinear(inputs, outputs, scale), nn.ReLU()]
     draw = _sampler(data.train_images, data.train_labels, 128, PIXEL_NOISE)
-    return Problem(nn.Sequential(*layers[:-1]), draw, _classify, seed)
+    return Problem(nn.Sequential(*layers[:-1]), draw, _classify, seed, validate=_held_out(data))

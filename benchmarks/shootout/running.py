@@ -7,7 +7,8 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -17,18 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 import lodo
 from benchmarks.measuring import device_name
-from benchmarks.shootout.contenders import Contender, get_contender
-from benchmarks.shootout.problem import Problem
+from benchmarks.shootout.contenders import WARMUP, Contender, get_contender
+from benchmarks.shootout.problem import TRAINING, Problem
 from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import FORMAT, SKIPS
 
 Record = dict[str, Any]
-TUNE, FINAL, ROBUST, CHANGE = "tune", "final", "robust", "change"
+TUNE, CALIBRATE, FINAL, ROBUST, CHANGE = "tune", "calibrate", "final", "robust", "change"
 POINTS = 100  # of a curve
+VALIDATIONS = 25  # of a run; trials are validated at their end alone
+SCHEDULES = ("constant", "warmup", "warmup_cosine")
 TAIL = 0.1  # the share of the steps, at the end, whose mean loss is the score; also the window of the curve
 DIVERGED = 2.0  # a run that ends above so many times the loss of standing still has diverged
 PACKAGES = ("torch", "numpy", "optuna", "pytorch-optimizer", "scikit-learn")
@@ -39,8 +43,8 @@ class Job:
     """All that fixes a run, but for the machine.
 
     Attributes:
-        stage: "tune", "final", "robust" or "change".
-        trial: its number in its search; None for the other stages.
+        stage: "tune", "calibrate", "final", "robust" or "change".
+        trial: its number in its search, or of its candidate; None for the other stages.
         factor: by which the learning rate among `hyperparameters` is off.
         version: of the task.
     """
@@ -115,6 +119,43 @@ class Curve:
         }
 
 
+class Validation:
+    """Loss and accuracy on held-out data at evenly spread steps, the last one among them."""
+
+    def __init__(self, steps: int, points: int) -> None:
+        self.points = {math.ceil(number * steps / points) for number in range(1, points + 1)}
+        self.step: list[int] = []
+        self.seconds: list[float] = []
+        self.found: list[tuple[float, float | None]] = []
+
+    def take(
+        self, problem: Problem, optimizers: list[Optimizer], step: int, seconds: float, is_averaging: bool
+    ) -> None:
+        """At the parameters that one would deploy."""
+        if step not in self.points:
+            return
+        if is_averaging:
+            with _at_average(optimizers):
+                put_back = problem.renew_statistics()
+                found = problem.validate()
+                put_back()
+        else:
+            found = problem.validate()
+        if found is not None:
+            self.step.append(step)
+            self.seconds.append(seconds)
+            self.found.append(found)
+
+    def as_json(self) -> dict[str, list[Any]] | None:
+        """A loss that is not finite is None. None without held-out data."""
+        if not self.found:
+            return None
+        losses = [float(f"{loss:.8g}") if math.isfinite(loss) else None for loss, _ in self.found]
+        accuracies = [None if accuracy is None else round(accuracy, 6) for _, accuracy in self.found]
+        seconds = [round(each, 4) for each in self.seconds]
+        return {"step": self.step, "seconds": seconds, "loss": losses, "accuracy": accuracies}
+
+
 class DivergenceError(Exception):
     """A loss that is not finite."""
 
@@ -135,14 +176,15 @@ def run(job: Job, data_root: Path | None) -> Record:
     torch.manual_seed(job.seed)  # of what the optimizers draw
     np.random.seed(job.seed)  # noqa: NPY002  (Kron draws from here)
     contender = get_contender(job.contender)
-    optimizers = contender.make(problem, job.hyperparameters, job.seed)
+    optimizers = contender.make(problem, job.hyperparameters, job.seed, job.steps)
     curve, clock = Curve(job.steps), Clock()
+    validation = Validation(job.steps, 1 if job.stage in (TUNE, CALIBRATE) else VALIDATIONS)
     train = _train_by_closure if contender.uses_closure else _train
     diverged_at: int | None = None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LODO skipped a step")  # the record counts them
         try:
-            train(job, contender, problem, optimizers, curve, clock)
+            train(job, contender, problem, optimizers, curve, clock, validation)
         except DivergenceError:
             diverged_at = curve.count + 1
     score = curve.loss[-1] if diverged_at is None else None
@@ -156,7 +198,8 @@ def run(job: Job, data_root: Path | None) -> Record:
         "score": score if diverged_at is None else None,
         "diverged_at": diverged_at,
         "idle_loss": problem.idle_loss,
-        "curve": None if job.stage == TUNE else curve.as_json(),  # of a trial only the score matters
+        "curve": None if job.stage in (TUNE, CALIBRATE) else curve.as_json(),  # of a trial only the score matters
+        "validation": validation.as_json(),
         "seconds": clock.total,
         "optimizer_seconds": clock.optimizer,
         "wall_seconds": time.perf_counter() - wall,
@@ -166,17 +209,38 @@ def run(job: Job, data_root: Path | None) -> Record:
     }
 
 
+def score_of(record: Record, aim: str = TRAINING) -> float:
+    """A run's final loss on data of either sort; infinite where it diverged."""
+    if record["score"] is None:
+        return math.inf
+    loss = record["score"] if aim == TRAINING else record["validation"]["loss"][-1]
+    return math.inf if loss is None else float(loss)
+
+
 def factor_at(schedule: str, step: int, steps: int) -> float:
-    """What the learning rate is multiplied by at `step` of 0 to steps - 1: a cosine from 1 to almost 0, or 1."""
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * step / steps))
-    if schedule != "constant":
-        raise ValueError(f"schedule must be one of constant, cosine, got {schedule!r}")
-    return 1.0
+    """What the learning rate is multiplied by at `step` of 0 to steps - 1.
+
+    "constant": 1; "warmup": a straight rise to 1 over the first twentieth of the steps; "warmup_cosine": after that
+    half a cosine from 1 to almost 0.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if schedule == "constant":
+        return 1.0
+    rise = round(WARMUP * steps)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) if schedule == "warmup_cosine" else 1.0
 
 
 def _train(
-    job: Job, contender: Contender, problem: Problem, optimizers: list[Optimizer], curve: Curve, clock: Clock
+    job: Job,
+    contender: Contender,
+    problem: Problem,
+    optimizers: list[Optimizer],
+    curve: Curve,
+    clock: Clock,
+    validation: Validation,
 ) -> None:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
@@ -202,33 +266,59 @@ def _train(
             clock.optimize(optimizer.step)
         clock.stop()
         curve.add(value, clock.total)
+        validation.take(problem, optimizers, step + 1, clock.total, contender.is_averaging)
         clock.start()
     clock.stop()
 
 
-@torch.no_grad()
-def _loss_at_average(problem: Problem, optimizers: list[Optimizer]) -> float:
-    """The present batch's loss where the optimizer would have its model evaluated; the clock stands still."""
+@contextmanager
+def _at_average(optimizers: list[Optimizer]) -> Iterator[None]:
+    """Inside, the parameters are where the optimizer would have its model evaluated."""
     for optimizer in optimizers:
         optimizer.eval()  # type: ignore[attr-defined]
-    value = float(problem.evaluate())
+    yield
     for optimizer in optimizers:
         optimizer.train()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _at(problem: Problem, point: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the parameters are at `point`."""
+    kept = [param.data for param in problem.params]
+    for param, value in zip(problem.params, point, strict=True):
+        param.data = value.data
+    yield
+    for param, value in zip(problem.params, kept, strict=True):
+        param.data = value
+
+
+@torch.no_grad()
+def _loss_at_average(problem: Problem, optimizers: list[Optimizer]) -> float:
+    """The present batch's loss at the average; the clock stands still."""
+    with _at_average(optimizers):
+        value = float(problem.evaluate())
     if not math.isfinite(value):
         raise DivergenceError
     return value
 
 
 def _train_by_closure(
-    job: Job, contender: Contender, problem: Problem, optimizers: list[Optimizer], curve: Curve, clock: Clock
+    job: Job,
+    contender: Contender,
+    problem: Problem,
+    optimizers: list[Optimizer],
+    curve: Curve,
+    clock: Clock,
+    validation: Validation,
 ) -> None:
-    """Every evaluation counts as a step, with the lowest loss so far: the line search may well try high ones."""
+    """Every evaluation counts as a step, with the lowest loss so far: the line search may well try high ones. What is
+    validated is the point of that loss."""
     (optimizer,) = optimizers
-    best = math.inf
+    best, best_point = math.inf, [param.detach().clone() for param in problem.params]
     in_evaluation = 0.0
 
     def closure() -> float:
-        nonlocal best, in_evaluation
+        nonlocal best, best_point, in_evaluation
         begun = time.process_time()
         if curve.count == job.steps:
             raise _BudgetSpentError
@@ -237,12 +327,15 @@ def _train_by_closure(
         loss = problem.loss()
         loss.backward()
         value = float(loss.detach())
-        best = min(best, value) if math.isfinite(value) else best
-        if not math.isfinite(best):
-            raise DivergenceError
         in_evaluation += time.process_time() - begun
         clock.stop()
+        if value < best:
+            best, best_point = value, [param.detach().clone() for param in problem.params]
+        if not math.isfinite(best):
+            raise DivergenceError
         curve.add(best, clock.total)
+        with _at(problem, best_point):
+            validation.take(problem, optimizers, curve.count, clock.total, contender.is_averaging)
         clock.start()
         return value
 

@@ -1,22 +1,74 @@
 """Figures of merit: pure functions of the records. The protocol in benchmarks/README.md says the same in words.
 
-The goal on a task is the tuned reference's final loss, the median over its seeds. A run reaches it at the first point
-of its curve, a running mean, that is not above; the steps count relative to the reference's budget, the seconds
-relative to the median of the reference's runs. A contender's figure on a task is the median over its seeds, a run that
-never reaches the goal counting as infinite.
+A goal on a task is a loss, training or validation, that some contender ends at: the median over its seeds. A run
+reaches it at the first point of its curve that is not above; the steps count relative to the task's budget, the seconds
+relative to a run of fused AdamW. A contender's figure on a task is the median over its seeds, a run that never reaches
+the goal counting as infinite.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, median_high
 from typing import Any
 
-from benchmarks.shootout.running import Record
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.shootout.problem import TRAINING
+from benchmarks.shootout.running import Record, score_of
 
 PENALTY = 2.0  # budgets that a task counts for whose goal is never reached
-Runs = Mapping[tuple[str, str], Sequence[Record]]
-"""The runs of each task and contender."""
+TAU = 4.0  # times the fastest contender's steps or seconds, where a profile ends
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Track:
+    """What of a run counts for one aim.
+
+    Attributes:
+        final: the loss at the end; infinite where the run diverged.
+        accuracy: at the end, where it is known.
+        steps, seconds: where the loss was taken, steps as a share of the budget; no points where the run diverged.
+        lowest: the lowest loss up to there.
+        whole: the seconds of all steps.
+    """
+
+    final: float
+    accuracy: float | None
+    steps: Floats
+    seconds: Floats
+    lowest: Floats
+    whole: float
+
+    def reached_at(self, level: float) -> tuple[float, float]:
+        """Steps and seconds at the first point at `level` or below; infinite: never."""
+        place = int(np.searchsorted(-self.lowest, -level))
+        return (
+            (float(self.steps[place]), float(self.seconds[place])) if place < len(self.steps) else (math.inf, math.inf)
+        )
+
+
+def track(record: Record, aim: str = TRAINING) -> Track:
+    """The score stands in for the last point of the training curve, whose digits are rounded."""
+    curve = record["curve"] if aim == TRAINING else record["validation"]
+    losses = [math.inf if loss is None else loss for loss in curve["loss"]]
+    if aim == TRAINING and losses:
+        losses[-1] = score_of(record)
+    count = 0 if record["score"] is None else len(losses)
+    return Track(
+        final=score_of(record, aim),
+        accuracy=None if aim == TRAINING or not curve["accuracy"] else curve["accuracy"][-1],
+        steps=np.array(curve["step"][:count], dtype=float) / record["job"]["steps"],
+        seconds=np.array(curve["seconds"][:count], dtype=float),
+        lowest=np.minimum.accumulate(np.array(losses[:count], dtype=float)),
+        whole=record["seconds"],
+    )
+
+
+Tracks = Mapping[tuple[str, str], Sequence[Track]]
+"""The final runs of each task and contender, for one aim."""
 
 
 def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
@@ -26,31 +78,37 @@ def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return found
 
 
-def final_losses(runs: Sequence[Record]) -> list[float]:
-    """The scores; infinite for runs that diverged."""
-    return [math.inf if run["score"] is None else float(run["score"]) for run in runs]
+def tracks(runs: Mapping[tuple[str, str], Sequence[Record]], aim: str = TRAINING) -> dict[tuple[str, str], list[Track]]:
+    """Of those that have the aim's data."""
+    usable = {pair: [run for run in own if aim == TRAINING or run["validation"]] for pair, own in runs.items()}
+    return {pair: [track(run, aim) for run in own] for pair, own in usable.items() if own}
 
 
-def goal(runs: Sequence[Record]) -> float | None:
-    """What is to be reached: the median of the reference's final losses, of an even number the higher one, so that the
-    reference itself reaches it. None without runs, or if most diverged."""
-    level = median_high(final_losses(runs)) if runs else math.inf
+def goal(runs: Sequence[Track]) -> float | None:
+    """What is to be reached: the median of the final losses, of an even number the higher one, so that the contender
+    itself reaches it. None without runs, or if most diverged."""
+    level = median_high(run.final for run in runs) if runs else math.inf
     return level if math.isfinite(level) else None
 
 
-def reached_at(run: Record, level: float) -> tuple[float, float] | None:
-    """Steps and seconds at which the run's curve first is at `level` or below; None: never.
+Goals = Callable[[Tracks, str], float | None]
+"""The goal on a task, from the tracks; None: there is none."""
 
-    The score stands in for the last point, whose digits are rounded. A run that diverged reaches nothing.
-    """
-    if run["score"] is None:
-        return None
-    curve = run["curve"]
-    losses = [*curve["loss"][:-1], run["score"]]
-    for step, seconds, loss in zip(curve["step"], curve["seconds"], losses, strict=True):
-        if loss is not None and loss <= level:
-            return float(step), float(seconds)
-    return None
+
+def goal_of(contender: str) -> Goals:
+    """What one contender ends at."""
+    return lambda found, task: goal(found.get((task, contender), ()))
+
+
+def best_goal(contenders: Iterable[str]) -> Goals:
+    """The lowest that one of the contenders sets."""
+    names = list(contenders)
+
+    def best(found: Tracks, task: str) -> float | None:
+        levels = [goal(found.get((task, name), ())) for name in names]
+        return min((level for level in levels if level is not None), default=None)
+
+    return best
 
 
 @dataclass(frozen=True)
@@ -59,8 +117,9 @@ class Outcome:
 
     Attributes:
         loss, lowest, highest: median and range of the final losses over the seeds; infinite: diverged.
-        steps, seconds: to the goal, relative to the reference; median over the seeds; infinite: not reached.
-        cost: of a whole run in seconds, relative to the reference's; NaN without finished runs.
+        steps: to the goal, as a share of the budget; median over the seeds; infinite: not reached.
+        seconds: the same, relative to a run of the clock's contender.
+        cost: of a whole run in seconds, relative to the same; NaN without finished runs.
         diverged, runs: how many.
     """
 
@@ -77,32 +136,44 @@ class Outcome:
     def is_reached(self) -> bool:
         return self.steps <= 1
 
-    def penalised(self, figure: float, whole: float) -> float:
-        """`figure`, or where the goal was not reached `PENALTY` times a whole run, which is no shorter than the
-        reference's."""
-        return figure if math.isfinite(figure) else PENALTY * max(1.0, whole if math.isfinite(whole) else 1.0)
+    def penalised(self, axis: str) -> float:
+        """Steps or seconds, or where the goal was not reached `PENALTY` times a whole run, which in seconds is no
+        shorter than the clock's."""
+        figure: float = getattr(self, axis)
+        whole = self.cost if axis == "seconds" and math.isfinite(self.cost) else 1.0
+        return figure if math.isfinite(figure) else PENALTY * max(1.0, whole)
 
 
-def outcome(runs: Sequence[Record], reference: Sequence[Record], level: float | None = None) -> Outcome | None:
-    """None where there are no runs, or no goal: that which the reference sets, or `level`."""
-    level = goal(reference) if level is None else level
-    if not runs or not reference or level is None:
+def outcome(runs: Sequence[Track], level: float | None, clock: Sequence[Track]) -> Outcome | None:
+    """None where there are no runs, or no goal.
+
+    Args:
+        clock: the runs whose time is the unit of seconds; without any, seconds are NaN.
+    """
+    if not runs or level is None:
         return None
-    losses = final_losses(runs)
-    budget = median(run["job"]["steps"] for run in reference)
-    time = median(run["seconds"] for run in reference if run["score"] is not None)
-    at = [reached_at(run, level) or (math.inf, math.inf) for run in runs]
-    whole = [run["seconds"] / time for run in runs if run["score"] is not None]
+    unit = median(run.whole for run in clock) if clock else math.nan
+    at = [run.reached_at(level) for run in runs]
+    done = [run.whole / unit for run in runs if len(run.steps)]
     return Outcome(
-        loss=median(losses),
-        lowest=min(losses),
-        highest=max(losses),
-        steps=median(steps for steps, _ in at) / budget,
-        seconds=median(seconds for _, seconds in at) / time,
-        cost=median(whole) if whole else math.nan,
-        diverged=sum(run["score"] is None for run in runs),
+        loss=median(run.final for run in runs),
+        lowest=min(run.final for run in runs),
+        highest=max(run.final for run in runs),
+        steps=median(steps for steps, _ in at),
+        seconds=median(seconds for _, seconds in at) / unit,
+        cost=median(done) if done else math.nan,
+        diverged=sum(not len(run.steps) for run in runs),
         runs=len(runs),
     )
+
+
+def outcomes(found: Tracks, contender: str, tasks: Iterable[str], goals: Goals, clock: str) -> dict[str, Outcome]:
+    """A contender's outcomes on those of `tasks` where it ran and there is a goal."""
+    every = {
+        task: outcome(found.get((task, contender), ()), goals(found, task), found.get((task, clock), ()))
+        for task in tasks
+    }
+    return {task: each for task, each in every.items() if each is not None}
 
 
 @dataclass(frozen=True)
@@ -143,37 +214,40 @@ def summarise(outcomes: Iterable[Outcome]) -> Summary:
     return Summary(
         tasks=len(every),
         reached=len(reached),
-        steps=geometric_mean(each.penalised(each.steps, 1.0) for each in every),
-        seconds=geometric_mean(each.penalised(each.seconds, each.cost) for each in every),
+        steps=geometric_mean(each.penalised("steps") for each in every),
+        seconds=geometric_mean(each.penalised("seconds") for each in every),
         steps_if_reached=geometric_mean(each.steps for each in reached),
         seconds_if_reached=geometric_mean(each.seconds for each in reached),
         diverged=sum(each.diverged for each in every) / runs if runs else math.nan,
     )
 
 
-def outcomes(
-    runs: Runs,
-    reference: Runs,
-    contender: str,
-    tasks: Iterable[str],
-    against: str,
-    levels: Mapping[str, float] | None = None,
-) -> dict[str, Outcome]:
-    """A contender's outcomes on those of `tasks` where it ran and there is a goal: the one that `reference`'s runs of
-    `against` set, or the task's of `levels`."""
-    found = {
-        task: outcome(runs.get((task, contender), ()), reference.get((task, against), ()), (levels or {}).get(task))
+def ratios(every: Mapping[str, Mapping[str, Outcome]], axis: str) -> dict[str, list[float]]:
+    """Each contender's steps or seconds to the goals over the fastest one's, on the tasks where it ran (AlgoPerf, Dahl
+    et al. 2023, section 4.5); infinite where it does not reach the goal."""
+    tasks = dict.fromkeys(task for own in every.values() for task in own)
+    fastest = {
+        task: min(
+            getattr(own[task], axis) if own[task].is_reached else math.inf for own in every.values() if task in own
+        )
         for task in tasks
     }
-    return {task: each for task, each in found.items() if each is not None}
+    return {
+        name: [getattr(each, axis) / fastest[task] if each.is_reached else math.inf for task, each in own.items()]
+        for name, own in every.items()
+    }
 
 
-def best_levels(runs: Runs, tasks: Iterable[str], contenders: Iterable[str]) -> dict[str, float]:
-    """The lowest goal that one of the contenders sets on each task."""
-    contenders = list(contenders)
-    found = {task: [goal(runs.get((task, name), ())) for name in contenders] for task in tasks}
-    levels = {task: [level for level in own if level is not None] for task, own in found.items()}
-    return {task: min(own) for task, own in levels.items() if own}
+def profile_score(found: Sequence[float]) -> float:
+    """The integral of the performance profile over tau from 1 to `TAU`, as a share of what a contender has that is the
+    fastest on all tasks; NaN without tasks."""
+    return float(np.mean(np.maximum(0.0, TAU - np.array(found)) / (TAU - 1))) if found else math.nan
+
+
+def profile(found: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The share of a contender's tasks whose ratio is at most tau: a staircase's corners."""
+    at = sorted(ratio for ratio in found if math.isfinite(ratio))
+    return at, [(number + 1) / len(found) for number in range(len(at))]
 
 
 def loss_ratio(changed: Mapping[str, Outcome], plain: Mapping[str, Outcome]) -> float:
@@ -186,22 +260,11 @@ def slowdown(wrong: Mapping[str, Outcome], right: Mapping[str, Outcome]) -> floa
     """How many times as many steps the goals take as with the right learning rate: the median over the tasks of both, a
     goal that is not reached counting as `PENALTY` budgets; NaN without tasks."""
     shared = [(wrong[task], right[task]) for task in wrong if task in right]
-    ratios = [each.penalised(each.steps, 1.0) / other.penalised(other.steps, 1.0) for each, other in shared]
-    return median(ratios) if ratios else math.nan
+    found = [each.penalised("steps") / other.penalised("steps") for each, other in shared]
+    return median(found) if found else math.nan
 
 
-def profile(outcomes: Iterable[Outcome], axis: str) -> tuple[list[float], list[float]]:
-    """The share of a contender's tasks whose goal is reached by a fraction of the budget: a staircase's corners.
-
-    Args:
-        axis: "steps" or "seconds".
-    """
-    every = [getattr(each, axis) for each in outcomes]
-    at = sorted(value for value in every if math.isfinite(value))
-    return at, [(number + 1) / len(every) for number in range(len(at))]
-
-
-def at_factors(records: Sequence[Record], finals: Sequence[Record]) -> dict[float, Runs]:
+def at_factors(records: Sequence[Record], finals: Sequence[Record]) -> dict[float, dict[tuple[str, str], list[Record]]]:
     """The runs at each wrong learning rate and, as factor 1, the final runs at the same seeds."""
     seeds = {record["job"]["seed"] for record in records}
     found: dict[float, Any] = {1.0: by_pair(record for record in finals if record["job"]["seed"] in seeds)}

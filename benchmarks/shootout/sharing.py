@@ -16,8 +16,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.shootout.plan import Plan, change_jobs, final_jobs, load, robust_jobs
-from benchmarks.shootout.running import CHANGE, FINAL, TUNE, Job, Record, run
+from benchmarks.shootout.contenders import Contender, get_contender
+from benchmarks.shootout.plan import (
+    Plan,
+    calibration_jobs,
+    change_jobs,
+    final_jobs,
+    next_trial,
+    robust_jobs,
+    search_of,
+    trials,
+)
+from benchmarks.shootout.problem import Task
+from benchmarks.shootout.running import CALIBRATE, CHANGE, FINAL, TUNE, Job, Record, run
 from examples.paper.runs import append_result, fcntl
 
 WAIT_SECONDS = 5.0
@@ -29,31 +40,44 @@ class Unit:
 
     Attributes:
         next_job: the job that it wants next, from all records; None when it is done.
+        is_done: whether that is None, which of a search is known much sooner.
     """
 
     name: str
     next_job: Callable[[Sequence[Record]], Job | None]
+    is_done: Callable[[Sequence[Record]], bool]
 
 
 def units(plan: Plan, stage: str, records: Sequence[Record]) -> list[Unit]:
     if stage == TUNE:
-        from benchmarks.shootout.tuning import next_trial  # Optuna, only where something is tuned
-
         return [
-            Unit(f"{task.name}/{contender.name}/{schedule}", partial(next_trial, plan, task, contender, schedule))
+            Unit(
+                f"{task.name}/{contender.name}",
+                partial(next_trial, plan, task, contender),
+                partial(_is_tuned, plan, task, contender),
+            )
             for task, contender in plan.pairs()
-            for schedule in contender.schedules
-            if plan.trials_of(contender)
+            if contender.space
         ]
-    if stage == CHANGE:
+    if stage == CALIBRATE:
+        jobs = [job for name in plan.contenders for job in calibration_jobs(plan, get_contender(name))]
+    elif stage == CHANGE:
         jobs = [job for own in change_jobs(plan).values() for job in own]
     else:
         jobs = final_jobs(plan, records) if stage == FINAL else robust_jobs(plan, records)
-    return [Unit(job.key, partial(_unless_done, job)) for job in jobs]
+    return [Unit(job.key, partial(_unless_done, job), partial(_is_made, job)) for job in jobs]
+
+
+def _is_tuned(plan: Plan, task: Task, contender: Contender, records: Sequence[Record]) -> bool:
+    return search_of(plan, task, contender).is_done(trials(plan, task, contender, records))
+
+
+def _is_made(job: Job, records: Sequence[Record]) -> bool:
+    return any(record["key"] == job.key for record in records)
 
 
 def _unless_done(job: Job, records: Sequence[Record]) -> Job | None:
-    return None if any(record["key"] == job.key for record in records) else job
+    return None if _is_made(job, records) else job
 
 
 @contextmanager
@@ -79,11 +103,11 @@ def work(plan: Plan, stage: str, parent: int | None = None) -> int:
         parent: the process of the command, for a worker, which must not go on alone if the command is killed. The
             command itself outlives its parent, the shell that it may have been left behind by.
     """
-    own = units(plan, stage, load(plan.records_path))
+    own = units(plan, stage, plan.load())
     failed: set[str] = set()
     while True:
-        records = load(plan.records_path)
-        left = [unit for unit in own if unit.name not in failed and unit.next_job(records) is not None]
+        records = plan.load()
+        left = [unit for unit in own if unit.name not in failed and not unit.is_done(records)]
         if not left or _is_orphan(parent):
             return len(failed)
         was_busy = False
@@ -103,7 +127,7 @@ def _is_orphan(parent: int | None) -> bool:
 
 def _finish(unit: Unit, plan: Plan, parent: int | None) -> bool:
     """Makes all runs of a unit; returns whether none failed."""
-    while not _is_orphan(parent) and (job := unit.next_job(load(plan.records_path))) is not None:
+    while not _is_orphan(parent) and (job := unit.next_job(plan.load())) is not None:
         try:
             record = run(job, plan.data_root)
         except Exception:

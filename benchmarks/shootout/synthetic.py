@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.shootout.problem import Problem, rows
+from benchmarks.shootout.problem import Problem, held_out, rows
 from examples.paper.tasks.bowl import NoisyBowl
 
 Batch = tuple[Tensor, Tensor]
 BOWL_STEPS = 12_000
+HELD_OUT = 2000  # rows to validate with
 START_DISTANCE = 30.0  # of the bowl's x from its centre, in every coordinate
 DECADES = 4  # of the features' scales
 CHAIN = 100  # variables of the Rosenbrock function
@@ -41,6 +42,8 @@ def logistic(seed: int, root: Path | None) -> Problem:
     say = torch.randn(size, generator=source, dtype=torch.float64) * 3 / math.sqrt(size)
     labels = torch.bernoulli(torch.sigmoid(plain @ say), generator=source)
     features = plain * scales
+    others = torch.randn(HELD_OUT, size, generator=source, dtype=torch.float64)
+    other_labels = torch.bernoulli(torch.sigmoid(others @ say), generator=source)
 
     def draw(generator: torch.Generator, step: int) -> Batch:
         picks = rows(generator, count, 64)
@@ -49,7 +52,11 @@ def logistic(seed: int, root: Path | None) -> Problem:
     def objective(model: Vector, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(batch[0] @ model.x, batch[1])
 
-    return Problem(Vector(torch.zeros(size, dtype=torch.float64)), draw, objective, seed)
+    def accuracy(model: Vector, batch: Batch) -> Tensor:
+        return ((batch[0] @ model.x > 0) == (batch[1] > 0)).double().mean()
+
+    validate = held_out((others * scales, other_labels), objective, accuracy)
+    return Problem(Vector(torch.zeros(size, dtype=torch.float64)), draw, objective, seed, validate=validate)
 
 
 class Factors(nn.Module):
@@ -68,7 +75,8 @@ def factorisation(seed: int, root: Path | None) -> Problem:
     right = torch.linalg.qr(torch.randn(width, rank, generator=source))[0]
     spectrum = torch.logspace(0, -2, rank)
     matrix = (left * spectrum) @ right.T
-    matrix = matrix / matrix.std() + 0.01 * torch.randn(height, width, generator=source)
+    clean = matrix / matrix.std()
+    matrix = clean + 0.01 * torch.randn(height, width, generator=source)
 
     def draw(generator: torch.Generator, step: int) -> tuple[Tensor, Tensor, Tensor]:
         i, j = rows(generator, height, 512), rows(generator, width, 512)
@@ -78,7 +86,11 @@ def factorisation(seed: int, root: Path | None) -> Problem:
         i, j, wanted = batch
         return F.mse_loss((model.left[i] * model.right[j]).sum(1), wanted)
 
-    return Problem(Factors(height, width, rank), draw, objective, seed)
+    def validate(model: Factors, step: int) -> tuple[Tensor, None]:
+        """Against the matrix without its noise."""
+        return F.mse_loss(model.left @ model.right.T, clean), None
+
+    return Problem(Factors(height, width, rank), draw, objective, seed, validate=validate)
 
 
 def pinn(seed: int, root: Path | None) -> Problem:
@@ -110,13 +122,21 @@ def pinn(seed: int, root: Path | None) -> Problem:
         residual = -second + u**3 - force
         return residual.square().mean() / scale + 10 * model(ends).square().sum()
 
-    return Problem(model, lambda generator, step: None, objective, seed)
+    others = torch.linspace(0, 1, 257, dtype=torch.float64)[:, None]
+    other_solution = torch.as_tensor(sum(size * torch.sin(wave * others) for wave, size in waves))
+
+    def validate(model: nn.Module, step: int) -> tuple[Tensor, None]:
+        """The squared error of u itself, between the points too, over the solution's mean square."""
+        return (model(others) - other_solution).square().mean() / other_solution.square().mean(), None
+
+    return Problem(model, lambda generator, step: None, objective, seed, validate=validate)
 
 
 def bowl(seed: int, root: Path | None) -> Problem:
     """The paper's noisy bowl: n = 100, float64, condition number 1,000, a centre that walks at random.
 
-    Unlike there x starts far from the centre: else the loss would start lower than any optimizer can keep it.
+    Unlike there x starts far from the centre: else the loss would start lower than any optimizer can keep it. Every
+    loss is that at a place of the centre never seen before, so nothing is held out.
     """
     walk = NoisyBowl(seed)
     start = START_DISTANCE * torch.randn(100, dtype=torch.float64)
@@ -152,7 +172,12 @@ def rosenbrock(seed: int, root: Path | None) -> Problem:
         valley = batch[0] * (after - here.square()).square()
         return (100 * valley + (batch[1] - here).square()).sum() / CHAIN
 
-    return Problem(Vector(start), draw, objective, seed)
+    def validate(model: Vector, step: int) -> tuple[Tensor, None]:
+        """The loss's expectation over its noise."""
+        ones = torch.ones(CHAIN - 1, dtype=torch.float64)
+        return objective(model, (ones, ones)) + TARGET_NOISE**2 * (CHAIN - 1) / CHAIN, None
+
+    return Problem(Vector(start), draw, objective, seed, validate=validate)
 
 
 def drift(seed: int, root: Path | None) -> Problem:
@@ -174,12 +199,16 @@ def drift(seed: int, root: Path | None) -> Problem:
         moved = torch.stack((even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()), -1)
         return moved.view(hidden, size) @ basis.T
 
-    def draw(generator: torch.Generator, step: int) -> Batch:
-        x = torch.randn(64, size, generator=generator)
+    def draw(generator: torch.Generator, step: int, count: int = 64) -> Batch:
+        x = torch.randn(count, size, generator=generator)
         return x * scales, torch.tanh(2 * x @ turned(step).T) @ last
 
     def objective(model: nn.Module, batch: Batch) -> Tensor:
         return F.mse_loss(model(batch[0])[:, 0], batch[1])
 
+    def validate(model: nn.Module, step: int) -> tuple[Tensor, None]:
+        """On other inputs, with the teacher where it is now."""
+        return objective(model, draw(torch.Generator().manual_seed(seed + 17), step, HELD_OUT)), None
+
     model = nn.Sequential(nn.Linear(size, 64), nn.Tanh(), nn.Linear(64, 1))
-    return Problem(model, draw, objective, seed)
+    return Problem(model, draw, objective, seed, validate=validate)

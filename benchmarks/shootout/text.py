@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.shootout.problem import Problem, rows
+from benchmarks.shootout.problem import Problem, Validate, held_out, rows, share_correct
 
 MODULES = ("argparse", "difflib", "doctest", "inspect", "pickle", "pydoc", "tarfile", "turtle", "typing", "zipfile")
+HELD_OUT_MODULES = ("ast", "calendar", "configparser", "optparse", "statistics", "threading")
+HELD_OUT_WINDOWS = 128
+HELD_OUT_WORDS = 2000
 OTHERS = ("zipfile/__init__",)  # where a module has become a package
 FIRST, LAST = 32, 126  # printable ASCII; a line break and anything else follow as two further characters
 CHARACTERS = LAST - FIRST + 3
@@ -23,37 +26,42 @@ Batch = tuple[Tensor, Tensor]
 
 
 @cache
-def _source() -> str:
+def _source(modules: tuple[str, ...] = MODULES) -> str:
     """The modules' sources, one after the other.
 
     Raises:
         FileNotFoundError: this Python comes without them.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = [folder / f"{name}.py" for name in (*MODULES, *OTHERS)]
+    paths = [folder / f"{name}.py" for name in (*modules, *(OTHERS if modules == MODULES else ()))]
     found = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
-    if len(found) < len(MODULES):
-        raise FileNotFoundError(f"the text tasks need the sources of {', '.join(MODULES)} in {folder}")
+    if len(found) < len(modules):
+        raise FileNotFoundError(f"the text tasks need the sources of {', '.join(modules)} in {folder}")
     return "".join(found)
 
 
 @cache
-def _characters() -> Tensor:
-    codes = torch.tensor(list(_source().encode("ascii", "replace")))
+def characters(modules: tuple[str, ...] = MODULES) -> Tensor:
+    codes = torch.tensor(list(_source(modules).encode("ascii", "replace")))
     odd = (codes < FIRST) | (codes > LAST)
     kept = (codes - FIRST).masked_fill(odd, CHARACTERS - 1)
     return kept.masked_fill(codes == ord("\n"), CHARACTERS - 2)
 
 
 @cache
-def _words() -> Tensor:
-    """The text as numbers of words and signs, the most frequent ones first; all rare ones are the last number."""
-    tokens = re.findall(r"\w+|[^\w\s]", _source())
-    numbers = {word: number for number, (word, _) in enumerate(Counter(tokens).most_common(WORDS - 1))}
-    return torch.tensor([numbers.get(token, WORDS - 1) for token in tokens])
+def _words(modules: tuple[str, ...] = MODULES) -> Tensor:
+    """The text as numbers of words and signs, those most frequent in `MODULES` first; all rare ones are the last
+    number."""
+    frequent = Counter(_tokens(MODULES)).most_common(WORDS - 1)
+    numbers = {word: number for number, (word, _) in enumerate(frequent)}
+    return torch.tensor([numbers.get(token, WORDS - 1) for token in _tokens(modules)])
 
 
-def _windows(text: Tensor, length: int, batch_size: int) -> Any:
+def _tokens(modules: tuple[str, ...]) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", _source(modules))
+
+
+def windows_of(text: Tensor, length: int, batch_size: int) -> Any:
     """Draws pieces of the text, as inputs and as what comes next at each place."""
     reach = torch.arange(length + 1)
 
@@ -62,6 +70,15 @@ def _windows(text: Tensor, length: int, batch_size: int) -> Any:
         return pieces[:, :-1], pieces[:, 1:]
 
     return draw
+
+
+def held_out_windows(
+    text: Tensor, length: int, objective: Any, accuracy: Any, windows: int = HELD_OUT_WINDOWS
+) -> Validate:
+    """On pieces of a text, spread evenly over it."""
+    starts = torch.linspace(0, len(text) - length - 1, windows).long()
+    pieces = text[starts[:, None] + torch.arange(length + 1)]
+    return held_out((pieces[:, :-1], pieces[:, 1:]), objective, accuracy)
 
 
 def _next_character(model: nn.Module, batch: Batch) -> Tensor:
@@ -126,12 +143,17 @@ class WordModel(nn.Module):
 
 def transformer(seed: int, root: Path | None) -> Problem:
     """Two layers of width 48, next character, 32 characters of context; batches of 16."""
-    return Problem(Transformer(), _windows(_characters(), CONTEXT, 16), _next_character, seed)
+    return _next_character_problem(Transformer(), seed)
 
 
 def lstm(seed: int, root: Path | None) -> Problem:
     """One layer of 64 cells, next character, 32 steps of back-propagation; batches of 16."""
-    return Problem(Recurrent(), _windows(_characters(), CONTEXT, 16), _next_character, seed)
+    return _next_character_problem(Recurrent(), seed)
+
+
+def _next_character_problem(model: nn.Module, seed: int) -> Problem:
+    validate = held_out_windows(characters(HELD_OUT_MODULES), CONTEXT, _next_character, share_correct)
+    return Problem(model, windows_of(characters(), CONTEXT, 16), _next_character, seed, validate=validate)
 
 
 def words(seed: int, root: Path | None) -> Problem:
@@ -140,4 +162,8 @@ def words(seed: int, root: Path | None) -> Problem:
     def objective(model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1][:, -1])
 
-    return Problem(WordModel(), _windows(_words(), 2, 64), objective, seed)
+    def accuracy(model: nn.Module, batch: Batch) -> Tensor:
+        return share_correct(model, (batch[0], batch[1][:, -1]))
+
+    validate = held_out_windows(_words(HELD_OUT_MODULES), 2, objective, accuracy, HELD_OUT_WORDS)
+    return Problem(WordModel(), windows_of(_words(), 2, 64), objective, seed, validate=validate)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks.shootout import __main__ as command
-from benchmarks.shootout import running
-from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, Muon, get_contender, hidden_matrices
-from benchmarks.shootout.running import TUNE, Curve, factor_at, run
+from benchmarks.shootout import running, text
+from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender, hidden_matrices
+from benchmarks.shootout.problem import Problem
+from benchmarks.shootout.running import TUNE, VALIDATIONS, Curve, factor_at, run
 from benchmarks.shootout.tasks import TASKS, Task, get_task
 from tests.helpers.shootout_jobs import defaults, job
 
@@ -21,7 +22,7 @@ ELSEWHERE = pytest.mark.skipif(
     reason="the extra `benchmarks` is not installed",
 )
 ROSENBROCK = get_task("rosenbrock")
-PEERS = {name for name in CONTENDERS if name in command.ELSEWHERE}
+PEERS = set(CONTENDERS) - command.NATIVE
 IMAGES = {"t10k": 20, "train": 60}
 
 
@@ -105,6 +106,99 @@ def test_tasks_say_whether_they_have_matrices(name, data_root):
     assert bool(hidden_matrices(TASKS[name].build(0, data_root).model)) == TASKS[name].has_matrices
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_validation_leaves_the_training_as_it_is(name, data_root):
+    task = TASKS[name]
+    problem, undisturbed = task.build(3, data_root), task.build(3, data_root)
+    losses = []
+    for each in (problem, undisturbed):
+        for _ in range(3):
+            if each is problem:
+                state = torch.get_rng_state()
+                found = each.validate()
+                assert each.validate() == found
+                assert torch.equal(torch.get_rng_state(), state)
+            loss = each.loss()
+            for param, grad in zip(each.params, torch.autograd.grad(loss, each.params), strict=True):
+                param.data.sub_(grad, alpha=1e-5)
+            losses.append(float(loss.detach()))
+    assert losses[:3] == losses[3:]
+    assert (found is None) == (not task.is_validated)
+    assert all(param.grad is None for param in problem.params)
+    if found is not None:
+        assert 0 < found[0] < 2 * problem.idle_loss  # at the start
+        assert found[1] is None or 0 <= found[1] <= 1
+        with torch.no_grad():
+            for param in problem.params:
+                param.add_(0.1 * torch.randn_like(param))
+        assert problem.validate() != found
+
+
+def test_what_is_validated_with_is_not_trained_on(data_root):
+    for name in ("mnist_mlp", "mnist_cnn", "autoencoder", "digits_mlp", "scaled_mlp", "vae"):
+        problem = TASKS[name].build(0, data_root)
+        seen, held = [], []
+        problem._objective = lambda model, batch, seen=seen: seen.append(batch)
+        draw = [problem._draw(torch.Generator().manual_seed(1), 0) for _ in range(3)]
+        trained = torch.cat([batch[0] if isinstance(batch, tuple) else batch for batch in draw])
+        validate = problem._validate
+        batch = validate.__closure__[list(validate.__code__.co_freevars).index("batch")].cell_contents
+        held = batch[0] if isinstance(batch, tuple) else batch
+        distance = torch.cdist(trained.flatten(1).double(), held.flatten(1).double())
+        assert distance.min() > 1e-6, name
+
+
+def test_text_is_validated_on_other_modules():
+    assert not set(text.HELD_OUT_MODULES) & {*text.MODULES, *text.OTHERS}
+    assert text._source(text.HELD_OUT_MODULES) not in text._source()
+    words, others = text._words(), text._words(text.HELD_OUT_MODULES)
+    assert len(torch.unique(words)) == text.WORDS
+    assert (others == text.WORDS - 1).double().mean() > (words == text.WORDS - 1).double().mean()  # rarer words there
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("factorisation", 0.7), ("pinn", 0.7), ("rosenbrock", 0.7), ("logistic", 0.85)]
+)
+def test_validation_falls_with_training(name, share):
+    problem = get_task(name).build(0)
+    at_start = problem.validate()[0]
+    optimizer = torch.optim.Adam(problem.params, lr=0.02)
+    for _ in range(400):
+        optimizer.zero_grad()
+        problem.loss().backward()
+        optimizer.step()
+    assert problem.validate()[0] < 0.85 * at_start
+
+
+def test_rosenbrock_is_validated_by_its_expectation():
+    problem = get_task("rosenbrock").build(0)
+    with torch.no_grad():
+        problem.params[0].uniform_(0.5, 1.0)
+        losses = torch.stack([problem.loss() for _ in range(4000)])
+    spread = float(losses.std() / math.sqrt(len(losses)))
+    assert abs(float(losses.mean()) - problem.validate()[0]) < 4 * spread
+
+
+def test_statistics_of_batch_norms_are_renewed_and_put_back():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+
+    def draw(generator, step):
+        return torch.randn(64, 3, generator=generator)
+
+    problem = Problem(model, draw, lambda model, batch: model(batch).square().mean(), 0)
+    problem.loss()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    put_back = problem.renew_statistics()
+    hidden = model[0](torch.cat([draw(torch.Generator().manual_seed(9), 0) for _ in range(100)]))
+    torch.testing.assert_close(model[1].running_mean, hidden.mean(0).detach(), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(model[1].running_var, hidden.var(0).detach(), atol=0.1, rtol=0.1)
+    assert not torch.equal(model[1].running_mean, kept["1.running_mean"])
+    put_back()
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert model[1].momentum == 0.1
+
+
 def test_the_drifting_task_drifts():
     problem = get_task("drift").build(0)
     problem.draw()
@@ -164,7 +258,10 @@ def test_every_contender_steps_on_the_same_batches(task, contender, data_root, m
         return problem
 
     monkeypatch.setattr(Task, "build", spied)
-    record = run(job(task, contender, steps=3), data_root)
+    hyperparameters = defaults(contender, task)
+    if contender == "SGD":
+        hyperparameters["lr"] = 1e-4  # these few steps are without a warm-up
+    record = run(job(task, contender, hyperparameters=hyperparameters, steps=3), data_root)
     assert record["score"] is not None
     problem, start = built[0]
     assert any(not torch.equal(param.detach(), old) for param, old in zip(problem.params, start, strict=True))
@@ -173,7 +270,7 @@ def test_every_contender_steps_on_the_same_batches(task, contender, data_root, m
         expected.draw()
         if batch is not None:
             assert all(torch.equal(own, other) for own, other in zip(batch, expected.batch, strict=True))
-    assert len(batches) == 3
+    assert len(batches) == 3 + len(record["validation"]["step"]) * (task == "drift")
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
@@ -182,21 +279,28 @@ def test_the_score_is_the_mean_of_the_last_tenth_and_the_end_of_the_curve():
     record = run(a_job, None)
     problem = get_task("logistic").build(0)
     optimizer = torch.optim.AdamW(problem.params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
-    losses = []
-    for _ in range(250):
+    losses, held_out = [], []
+    for step in range(250):
         optimizer.zero_grad()
         loss = problem.loss()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
+        if (step + 1) % (250 // VALIDATIONS) == 0:
+            held_out.append(problem.validate())
     assert record["score"] == pytest.approx(np.mean(losses[-25:]), rel=1e-6)
     assert record["curve"]["loss"][-1] == pytest.approx(record["score"], rel=1e-6)
     assert len(record["curve"]["step"]) == 100
     assert record["curve"]["loss"][0] == pytest.approx(np.mean(losses[:3]), rel=1e-6)
     assert record["curve"]["seconds"] == sorted(record["curve"]["seconds"])
     assert 0 < record["optimizer_seconds"] < record["seconds"]
+    found = record["validation"]
+    assert found["step"] == list(range(10, 251, 10))
+    assert found["loss"] == pytest.approx([loss for loss, _ in held_out], rel=1e-6)
+    assert found["accuracy"] == pytest.approx([accuracy for _, accuracy in held_out])
     trial = run(replace(a_job, stage=TUNE), None)
     assert (trial["score"], trial["curve"]) == (record["score"], None)
+    assert (trial["validation"]["step"], trial["validation"]["loss"]) == ([250], found["loss"][-1:])
 
 
 def test_a_curve_is_a_running_mean():
@@ -239,15 +343,22 @@ def _steep(seed, root):
     return problem
 
 
-def test_the_cosine_reaches_every_group_and_ends_near_zero(monkeypatch):
+def test_schedules_reach_every_group(monkeypatch):
     rates = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
-    run(job("pinn", "SGD", hyperparameters={"lr": 2.0, "momentum": 0.9}, schedule="cosine", steps=10), None)
-    assert rates == [2.0 * factor_at("cosine", step, 10) for step in range(10)]
-    assert rates[0] == 2.0
-    assert rates[5] == pytest.approx(1.0)
-    assert 0 < rates[-1] < 0.06
-    with pytest.raises(ValueError, match="schedule must be one of constant, cosine, got 'steps'"):
+    hyperparameters = {"lr": 2.0, "momentum": 0.9}
+    for schedule in ("warmup_cosine", "warmup", "constant"):
+        run(job("pinn", "SGD", hyperparameters=hyperparameters, schedule=schedule, steps=100), None)
+    cosine, warm, constant = rates[:100], rates[100:200], rates[200:]
+    assert cosine == [2.0 * factor_at("warmup_cosine", step, 100) for step in range(100)]
+    assert warm[:5] == cosine[:5] == pytest.approx([2 * step / 6 for step in range(1, 6)])
+    assert warm[5:] == [2.0] * 95
+    assert max(cosine) == cosine[5] == 2.0
+    assert cosine[5:] == sorted(cosine[5:], reverse=True)
+    assert cosine[5 + 38] == pytest.approx(1 + math.cos(math.pi * 0.4))
+    assert 0 < cosine[-1] < 1e-3
+    assert constant == [2.0] * 100
+    with pytest.raises(ValueError, match="schedule must be one of constant, warmup, warmup_cosine, got 'steps'"):
         factor_at("steps", 0, 10)
 
 
@@ -256,6 +367,8 @@ def test_evaluations_of_l_bfgs_count_as_steps():
     assert record["curve"]["step"][-1] == 57
     assert record["curve"]["loss"] == sorted(record["curve"]["loss"], reverse=True)
     assert record["score"] < 0.9 * record["idle_loss"]
+    best = record["curve"]["loss"][-1]
+    assert len(set(record["validation"]["loss"])) <= len({loss for loss in record["curve"]["loss"] if loss >= best})
 
 
 @ELSEWHERE
@@ -274,34 +387,66 @@ def test_schedule_free_is_judged_at_its_average(monkeypatch):
     monkeypatch.setattr(
         ScheduleFreeAdamW, "step", lambda self: (modes.append(self.param_groups[0]["train_mode"]), step(self))
     )
+    found = []
+    validate = running.Problem.validate
+    monkeypatch.setattr(
+        running.Problem, "validate", lambda self: (found.append(self.params[0].detach().clone()), validate(self))[1]
+    )
     run(job("rosenbrock", "schedule-free AdamW", steps=5), None)
+    assert torch.equal(found[-2], points[-1])  # where the next loss is taken, before the step
     assert modes == [True] * 5
     assert not torch.equal(points[-1], points[-2])  # the same batch, at the average and where the gradient is taken
 
 
-def test_muon_has_the_matrices_and_adamw_the_rest():
+@ELSEWHERE
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
     problem = get_task("transformer").build(0)
-    muon, adamw = get_contender("Muon").make(problem, defaults("Muon"), 0)
+    model, options = problem.model, defaults("Muon", "transformer")
+    muon, adamw = get_contender("Muon").make(problem, options, 0, 10)
     matrices = {param for group in muon.param_groups for param in group["params"]}
     rest = {param for group in adamw.param_groups for param in group["params"]}
     assert matrices | rest == set(problem.params)
     assert not matrices & rest
-    assert problem.model.characters.weight in rest
+    assert {model.characters.weight, model.places.weight, model.head.weight} <= rest
     assert all(param.ndim == 2 for param in matrices)
+    assert adamw.defaults["betas"] == (0.9, 0.95)
+    assert adamw.defaults["lr"] == options["adamw_lr"] != options["lr"]
+    muon, adamw = get_contender("Muon").make(problem, options | {"head": "muon"}, 0, 10)
+    assert any(param is model.head.weight for group in muon.param_groups for param in group["params"])
     assert not get_contender("Muon").applies_to(get_task("bowl"))
     assert not get_contender("L-BFGS").applies_to(get_task("digits_mlp"))
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
-def test_muon_orthogonalises_in_the_dtype_of_the_parameters(shape):
-    torch.manual_seed(0)
-    param = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    param.grad = torch.randn(shape, dtype=torch.float64)
-    Muon([param], lr=1.0, momentum=0.0, weight_decay=0.0, nesterov=False).step()
-    # The same five iterations on the singular values alone, which they change without the singular vectors.
-    left, values, right = torch.linalg.svd(param.grad, full_matrices=False)
-    values = values / values.norm()
-    for _ in range(5):
-        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
-    expected = -(max(1, shape[0] / shape[1]) ** 0.5) * (left * values) @ right
-    torch.testing.assert_close(param.detach(), expected, rtol=1e-10, atol=1e-12)  # bfloat16: 1e-2
+def test_filters_are_muons_too(data_root):
+    model = get_task("mnist_cnn").build(0, data_root).model
+    assert [param.ndim for param in hidden_matrices(model)] == [4, 4, 2]
+    assert [param.ndim for param in hidden_matrices(model, with_head=False)] == [4, 4]
+    factors = get_task("factorisation").build(0).model
+    assert len(hidden_matrices(factors, with_head=False)) == 2  # neither is a last layer
+
+
+def test_nesterovs_adamw_is_the_one_without_a_momentum_schedule():
+    """As optax's nadamw: m_hat of the next step from m, and the gradient, both corrected."""
+    problem = get_task("pinn").build(0)
+    options = {"lr": 1e-2, "beta1": 0.8, "beta2": 0.9, "nesterov": True, "weight_decay": 0.1}
+    (optimizer,) = get_contender("AdamW").make(problem, options, 0, 10)
+    param = problem.params[2]
+    x, m, v = param.detach().clone(), torch.zeros_like(param), torch.zeros_like(param)
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        problem.loss().backward()
+        g = param.grad.clone()
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g.square()
+        ahead = 0.8 * m / (1 - 0.8 ** (step + 1)) + 0.2 * g / (1 - 0.8**step)
+        x = x * (1 - 1e-2 * 0.1) - 1e-2 * ahead / ((v / (1 - 0.9**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(param.detach(), x, rtol=1e-7, atol=1e-9)
+
+
+def test_weight_decay_is_searched_where_data_are_finite():
+    for contender in CONTENDERS.values():
+        assert "weight_decay" not in contender.space_of(get_task("rosenbrock"))
+        spaces = contender.space_of(get_task("digits_mlp"))
+        assert ("weight_decay" in spaces) == ("weight_decay" in contender.space)
+        assert bool(contender.space) + bool(contender.candidates) <= 1
+    assert sum("weight_decay" in contender.space for contender in CONTENDERS.values()) >= 8
