@@ -1,9 +1,9 @@
 """The arithmetic of the preconditioners, by the fastest kernel that takes the tensors given.
 
-`native` runs the block-diagonal x permutation network on CPUs, `gpu` all networks on CUDA, `reference` in plain torch
-wherever they cannot. They have the same functions: for each preconditioner `matvec` applies it and `learn_` takes one
-inner step along the hypergradient. (`native` has the two passes of `lodo.update.fused` too.) LODO_NATIVE=0 in the
-environment asks for plain torch.
+`native` runs the block-diagonal x permutation network and LODO-Residuals on CPUs, `gpu` all networks on CUDA,
+`reference` in plain torch wherever they cannot. They have the same functions: for each preconditioner `matvec` applies
+it and `learn_` takes one inner step along the hypergradient. (`native` has the two passes of `lodo.update.fused` too.)
+LODO_NATIVE=0 in the environment asks for plain torch.
 """
 
 from types import ModuleType
@@ -25,6 +25,11 @@ def for_network(
     if gpu.available(theta):
         return gpu, gpu.prepare(permutations, kept)
     return reference, None
+
+
+def for_residual(theta: Tensor) -> ModuleType:
+    """The kernels for LODO-Residuals."""
+    return native if native.available(theta) else for_vectors(theta)
 
 
 def for_vectors(theta: Tensor) -> ModuleType:

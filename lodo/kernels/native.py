@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -26,7 +27,7 @@ from lodo.kernels.structures import Cohort, Group, Network
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("block_permutation.cpp", "parts.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("networks.cpp", "parts.cpp"))
 BASE_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Tried in this order. OpenMP resolves to the runtime that torch has loaded, so both share one pool of threads.
 EXTRA_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
@@ -80,6 +81,8 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         for name, types in (
             ("matvec", [ctypes.POINTER(Network), pointer, pointer]),  # v, out
             ("learn", [ctypes.POINTER(Network), pointer, pointer]),  # g, m
+            ("residual_matvec", [ctypes.POINTER(Network), pointer, pointer]),  # v, out
+            ("residual_learn", [ctypes.POINTER(Network), pointer, pointer, size]),  # g, m, stretch
             ("round", [pointer, pointer, size, size, integer]),  # target, values, their number, count, threads
             ("learn_all", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer, pointer]),  # g, judged
             ("advance", [ctypes.POINTER(Group), ctypes.POINTER(Cohort)]),
@@ -151,7 +154,8 @@ def matvec(theta: Tensor, permutations: Tensor | None, v: Tensor, work: Tensor) 
     """`reference.matvec` with scratch memory `work` of at least 2 n~ numbers."""
     v = v.contiguous()
     out = torch.empty_like(v)
-    function("matvec", theta.dtype)(_network(theta, permutations, work, v.numel()), v.data_ptr(), out.data_ptr())
+    network = _network(theta, _shape(theta), permutations, work, v.numel())
+    function("matvec", theta.dtype)(network, v.data_ptr(), out.data_ptr())
     return out
 
 
@@ -166,16 +170,48 @@ def learn_(
     work: Tensor,
 ) -> None:
     """`reference.learn_` with scratch memory `work` of at least 2 n~ (N + 2) numbers, N + 1 for the shuffle."""
-    network = _network(theta, permutations, work, g.numel())
-    if moments is not None:
-        network.mean, network.square = (moment.data_ptr() for moment in moments)
-        network.is_bfloat16 = moments[0].dtype == torch.bfloat16
-    network.lr, network.inner, network.count, network.eps = lr, rates[:4], rates.count, inner_optimizer.EPS
+    network = _network(theta, _shape(theta), permutations, work, g.numel())
+    _prepare_inner_step_(network, moments, lr, rates)
     function("learn", theta.dtype)(network, g.data_ptr(), m.data_ptr())
 
 
-def _network(theta: Tensor, permutations: Tensor | None, work: Tensor, size: int) -> Network:
+def residual_matvec(theta: Tensor, indices: Tensor, v: Tensor) -> Tensor:
+    """`reference.residual_matvec`."""
+    v = v.contiguous()
+    out, work = torch.empty_like(v), theta.new_empty(2, theta.shape[1])
+    network = _network(theta, (len(indices), 1, theta.shape[1]), indices, work, v.numel())
+    function("residual_matvec", theta.dtype)(network, v.data_ptr(), out.data_ptr())
+    return out
+
+
+def residual_learn_(
+    theta: Tensor,
+    moments: inner_optimizer.Moments | None,
+    indices: Tensor,
+    g: Tensor,
+    m: Tensor,
+    lr: float,
+    rates: inner_optimizer.Rates,
+) -> None:
+    """`reference.residual_learn_`."""
+    layers = len(indices)
+    stretch = max(1, math.isqrt(layers))  # inputs of layers that are kept at a time, and stretches: few of each
+    work = theta.new_empty(layers // stretch + stretch + 2, 2, theta.shape[1])
+    network = _network(theta, (layers, 1, theta.shape[1]), indices, work, g.numel())
+    _prepare_inner_step_(network, moments, lr, rates)
+    function("residual_learn", theta.dtype)(network, g.data_ptr(), m.data_ptr(), stretch)
+
+
+def _shape(theta: Tensor) -> tuple[int, int, int]:
+    """N, k and w of a network of blocks, (N, k, k, w)."""
     layers, block, _, width = theta.shape
+    return layers, block, width
+
+
+def _network(
+    theta: Tensor, shape: tuple[int, int, int], permutations: Tensor | None, work: Tensor, size: int
+) -> Network:
+    layers, block, width = shape
     return Network(
         theta=theta.data_ptr(),
         permutations=None if permutations is None else permutations.data_ptr(),
@@ -186,6 +222,15 @@ def _network(theta: Tensor, permutations: Tensor | None, work: Tensor, size: int
         size=size,
         threads=torch.get_num_threads(),
     )
+
+
+def _prepare_inner_step_(
+    network: Network, moments: inner_optimizer.Moments | None, lr: float, rates: inner_optimizer.Rates
+) -> None:
+    if moments is not None:
+        network.mean, network.square = (moment.data_ptr() for moment in moments)
+        network.is_bfloat16 = moments[0].dtype == torch.bfloat16
+    network.lr, network.inner, network.count, network.eps = lr, rates[:4], rates.count, inner_optimizer.EPS
 
 
 def round_into_(target: Tensor, values: Tensor, count: int) -> None:

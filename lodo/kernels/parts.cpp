@@ -1,7 +1,7 @@
 // CPU kernels of the step whose G is diagonal (lodo/update/fused.py): one pass over memory for lines 1 and 2 of
 // Algorithm 1, two for lines 3 and 4, and no call for each parameter of a group.
 //
-// Built with block_permutation.cpp by native.py and called through ctypes. The plain form is lodo/update/plain.py with
+// Built with networks.cpp by native.py and called through ctypes. The plain form is lodo/update/plain.py with
 // what it calls in lodo/parts, lodo/preconditioners/log_diagonal.py and, for what moves the small tables,
 // `lodo.inner_optimizer.descend_`. Pointers are null for parts that there are not.
 //

@@ -77,7 +77,7 @@ class Group(ctypes.Structure):
 
 
 class Network(ctypes.Structure):
-    """A block-diagonal x permutation network, as block_permutation.cpp takes it."""
+    """A network and its inner step, as networks.cpp takes it; LODO-Residuals is one of blocks of one number."""
 
     _fields_ = [
         ("theta", ctypes.c_void_p),

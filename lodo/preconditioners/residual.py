@@ -89,7 +89,7 @@ class Residual(Preconditioner):
         return indices
 
     def apply(self, v: Tensor) -> Tensor:
-        return kernels.for_vectors(self.theta).residual_matvec(self.theta, self._indices, v)
+        return kernels.for_residual(self.theta).residual_matvec(self.theta, self._indices, v)
 
     def learn_(self, g: Tensor, m: Tensor, lr: Number, moments: Moments | None, rates: Rates) -> None:
-        kernels.for_vectors(self.theta).residual_learn_(self.theta, moments, self._indices, g, m, lr, rates)
+        kernels.for_residual(self.theta).residual_learn_(self.theta, moments, self._indices, g, m, lr, rates)

@@ -22,6 +22,17 @@ def tensors(size, layers, block, expansion, permutation, dtype, moments_dtype=No
     return theta, moments, indices, torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
 
 
+def residual_tensors(size, layers, padded, dtype, moments_dtype=None):
+    theta = torch.randn(layers + 1, padded, dtype=dtype) / max(1, layers) ** 0.5
+    indices = torch.empty(layers, padded, dtype=torch.int32)
+    for row in indices:
+        row.copy_(torch.randperm(padded))
+    moments = tuple(
+        0.1 * draw(theta.shape, dtype=dtype).to(moments_dtype or dtype) for draw in (torch.randn, torch.rand)
+    )
+    return theta, moments, indices, torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
+
+
 def close(found, expected):
     """Equal to a few roundings of the largest number."""
     scale = float(expected.abs().max()) if expected.numel() else 0.0

@@ -14,7 +14,7 @@ from lodo import inner_optimizer, rounding, scalars
 from lodo.kernels import native, reference
 from lodo.rounding import random_words, to_bfloat16
 from lodo.scalars import Cell, energy, where
-from tests.helpers.kernels import RATES, close, needs_compiler, neighbours, tensors
+from tests.helpers.kernels import RATES, close, needs_compiler, neighbours, residual_tensors, tensors
 from tests.helpers.oracle import KINDS, fresh
 
 
@@ -26,6 +26,14 @@ def close_in_bfloat16(found, expected, eps):
     steps = neighbours(found) - neighbours(expected)
     roundings = 200 * eps * expected.float().abs().max()
     assert ((steps.abs() <= 1) | ((found.float() - expected.float()).abs() <= roundings)).all()
+
+
+def moments_close(found_moments, expected_moments, inner, dtype):
+    for found, expected in zip(found_moments, expected_moments, strict=True):
+        if inner == "adam in bfloat16":
+            close_in_bfloat16(found, expected, torch.finfo(dtype).eps)
+        else:
+            close(found, expected)
 
 
 @needs_compiler
@@ -58,11 +66,35 @@ def test_native_equals_reference(size, layers, block, expansion, permutation, dt
     reference.learn_(theta, None if inner == "sgd" else moments, indices, g, m, 0.3, RATES)
     native.learn_(copies[0], None if inner == "sgd" else copies[1], indices, g, m, 0.3, RATES, work)
     close(copies[0], theta)
-    for found, expected in zip(copies[1], moments, strict=True):
-        if inner == "adam in bfloat16":
-            close_in_bfloat16(found, expected, torch.finfo(dtype).eps)
-        else:
-            close(found, expected)
+    moments_close(copies[1], moments, inner, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("inner", ["adam", "adam in bfloat16", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("size", "layers", "padded"),
+    [
+        (1, 1, 1),
+        (1, 0, 2),
+        (2, 3, 2),
+        (7, 2, 14),
+        (41, 64, 82),
+        (41, 5, 77),  # a last stretch of layers that is short
+        (100, 63, 100),
+        (4099, 7, 8199),  # several tiles, the last one not full
+        (30_000, 4, 30_000),
+    ],
+)
+def test_native_residuals_equal_reference(size, layers, padded, dtype, inner):
+    moments_dtype = torch.bfloat16 if inner == "adam in bfloat16" else dtype
+    theta, moments, indices, g, m = residual_tensors(size, layers, padded, dtype, moments_dtype)
+    copies = (theta.clone(), tuple(moment.clone() for moment in moments))
+    close(native.residual_matvec(theta, indices, g), reference.residual_matvec(theta, indices, g))
+    reference.residual_learn_(theta, None if inner == "sgd" else moments, indices, g, m, 0.3, RATES)
+    native.residual_learn_(copies[0], None if inner == "sgd" else copies[1], indices, g, m, 0.3, RATES)
+    close(copies[0], theta)
+    moments_close(copies[1], moments, inner, dtype)
 
 
 @needs_compiler
@@ -80,6 +112,25 @@ def test_threads_do_not_change_a_bit(permutation, moments_dtype):
             work = native.prepare(theta, indices, learning=True, kept=None)
             native.learn_(theta, moments, indices, g, m, 0.3, RATES, work)
             results.append((theta, *moments, native.matvec(theta, indices, g, work)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            assert torch.equal(found, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("moments_dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit_of_residuals(moments_dtype):
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            theta, moments, indices, g, m = residual_tensors(50_000, 5, 70_001, torch.float32, moments_dtype)
+            native.residual_learn_(theta, moments, indices, g, m, 0.3, RATES)
+            results.append((theta, *moments, native.residual_matvec(theta, indices, g)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -234,7 +285,16 @@ def train(steps, **options):
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", [{}, {"permutation": "shuffle", "block_size": 3}, {"meta_optimizer": "sgd"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"permutation": "shuffle", "block_size": 3},
+        {"meta_optimizer": "sgd"},
+        {"preconditioner": "residual"},
+        {"preconditioner": "residual", "meta_optimizer": "sgd", "depth": 3, "expansion": 1},
+    ],
+)
 def test_fifty_steps_agree_on_parameters_and_state(options, monkeypatch):
     x, optimizer = train(50, meta_lr=1e-3, **options)
     monkeypatch.setenv("LODO_NATIVE", "0")

@@ -1,4 +1,5 @@
-// CPU kernels of the block-diagonal x permutation network, U = B_N P_N ... B_1 P_1.
+// CPU kernels of the networks that are more than a diagonal: the block-diagonal x permutation network,
+// U = B_N P_N ... B_1 P_1, and at the end of this file that of LODO-Residuals.
 //
 // Built at run time by native.py and called through ctypes: plain C entry points, no torch headers. reference.py is
 // the same arithmetic in torch and the ground truth for this file.
@@ -215,6 +216,18 @@ template <typename T> inline void store(Bfloat16 &moment, T value, uint32_t bits
   moment.bits = is_nan ? uint16_t(0x7FC0) : uint16_t((word + bits) >> 16);
 }
 
+// One inner step of the number b of theta, at `place` there, along h.
+template <typename T, typename M>
+inline void adam(T &b, M &m, M &v, T h, const Rates<T> &r, int64_t place) {
+  const T m0 = load(m);
+  const T mt = m0 + r.forget1 * (h - m0);
+  const T vt = r.keep2 * load(v) + r.forget2 * (h * h);
+  b -= r.step_size * mt / (std::sqrt(vt) + r.eps);
+  const uint32_t bits = random_word(uint32_t(place), r.turn); // only Bfloat16 uses it
+  store(m, mt, bits & 0xFFFF);
+  store(v, vt, bits >> 16);
+}
+
 // The heart of the step: per block, the hypergradient h = a d^T + c e^T, the inner update of B with it, and the
 // back-propagated d <- B d, e <- B e with the B from before the update, in one pass over B and its moments.
 template <typename T, typename M>
@@ -240,15 +253,9 @@ void learn_tile(const Network<T> &net, int64_t offset, const Rates<T> &rates, in
 #pragma omp simd
         for (int64_t t = 0; t < lanes; ++t) {
           const T h = ai[t] * dd[t] + ci[t] * ee[t];
-          const T m0 = load(m[t]);
-          const T mt = m0 + r.forget1 * (h - m0);
-          const T vt = r.keep2 * load(v[t]) + r.forget2 * (h * h);
           bd[t] += b[t] * dd[t];
           be[t] += b[t] * ee[t];
-          b[t] -= r.step_size * mt / (std::sqrt(vt) + r.eps);
-          const uint32_t bits = random_word(uint32_t(row + t), r.turn); // only Bfloat16 uses it
-          store(m[t], mt, bits & 0xFFFF);
-          store(v[t], vt, bits >> 16);
+          adam(b[t], m[t], v[t], h, r, row + t);
         }
       } else {
 #pragma omp simd
@@ -438,6 +445,116 @@ void learn(const Network<T> &net, const T *g, const T *m, T lr, const Rates<T> &
   });
 }
 
+// ---- LODO-Residuals -----------------------------------------------------------------------------------------------
+// The operator is E^T A_1^T .. A_N^T D A_N .. A_1 E with A_l z = z + w_l * z[perm_l]. It is seen as a network of blocks
+// of one number, except that theta is (N + 1, W): w_1 .. w_N, then D. To learn, vectors travel as pairs here too.
+
+template <typename T>
+void matvec_residual(Worker &worker, const Network<T> &net, const T *v, T *out, T *work) {
+  const int64_t W = net.width, tile = net.tile();
+  T *x = work, *y = work + W;
+  worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+    for (int64_t j = begin; j < begin + lanes; ++j) x[j] = j < net.size ? v[j] : T(0);
+  });
+  for (int64_t l = 0; l < net.layers; ++l, std::swap(x, y))
+    worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+      const T *w = net.theta + l * W;
+      const int32_t *perm = net.permutations + l * W;
+      for (int64_t j = begin; j < begin + lanes; ++j) y[j] = x[j] + w[j] * x[perm[j]];
+    });
+  worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+    const T *diagonal = net.theta + net.layers * W;
+    for (int64_t j = begin; j < begin + lanes; ++j) x[j] *= diagonal[j];
+  });
+  for (int64_t l = net.layers; l-- > 0; std::swap(x, y))
+    worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+      const T *w = net.theta + l * W;
+      const int32_t *perm = net.permutations + l * W;
+      for (int64_t j = begin; j < begin + lanes; ++j) y[perm[j]] = x[perm[j]] + w[j] * x[j];
+    });
+  worker.for_tiles(net.size, tile, [&](int64_t begin, int64_t lanes) {
+    for (int64_t j = begin; j < begin + lanes; ++j) out[j] = x[j];
+  });
+}
+
+// One inner step of `lanes` numbers of theta from `offset` on, along h.
+template <typename T, typename M>
+void update_tile(const Network<T> &net, int64_t offset, int64_t lanes, const Rates<T> &rates, const T *__restrict h) {
+  const Rates<T> r = rates;
+  T *__restrict b = net.theta + offset;
+  if constexpr (!std::is_void_v<M>) {
+    M *__restrict m = static_cast<M *>(net.exp_avg) + offset;
+    M *__restrict v = static_cast<M *>(net.exp_avg_sq) + offset;
+#pragma omp simd
+    for (int64_t t = 0; t < lanes; ++t) adam(b[t], m[t], v[t], h[t], r, offset + t);
+  } else {
+#pragma omp simd
+    for (int64_t t = 0; t < lanes; ++t) b[t] -= r.step_size * h[t];
+  }
+}
+
+template <typename T> using UpdateTile = decltype(&update_tile<T, T>); // whatever the type of the moments
+
+// As in reference.py: going back, the inputs of a stretch of layers are made again from that of its first, so that the
+// inputs of all layers, twice theta's size, never exist together.
+//
+// work: slots of one vector of pairs each, layers / stretch + 1 for the inputs of stretches and stretch - 1 for those
+// within one, then two for the pairs that go back. The output of the last layer has the slot that the input of one more
+// would have.
+template <typename T>
+void learn_residual(Worker &worker, const Network<T> &net, const T *g, const T *m, T minus_lr, const Rates<T> &rates,
+                    UpdateTile<T> update_tile, int64_t stretch, T *work, T *h) {
+  const int64_t N = net.layers, W = net.width, tile = net.tile();
+  T *within = work + 2 * W * (N / stretch + 1), *back = within + 2 * W * (stretch - 1), *next = back + 2 * W;
+  const auto input = [&](int64_t l) {
+    return l % stretch == 0 ? work + 2 * W * (l / stretch) : within + 2 * W * (l % stretch - 1);
+  };
+  const auto forward = [&](int64_t first, int64_t end) {
+    for (int64_t l = first; l < end; ++l)
+      worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+        const T *w = net.theta + l * W, *x = input(l);
+        const int32_t *perm = net.permutations + l * W;
+        T *y = input(l + 1);
+        for (int64_t j = begin; j < begin + lanes; ++j) {
+          const T *pair = x + 2 * int64_t(perm[j]);
+          y[2 * j] = x[2 * j] + w[j] * pair[0];
+          y[2 * j + 1] = x[2 * j + 1] + w[j] * pair[1];
+        }
+      });
+  };
+  worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+    for (int64_t j = begin; j < begin + lanes; ++j) {
+      work[2 * j] = j < net.size ? g[j] : T(0);
+      work[2 * j + 1] = j < net.size ? m[j] : T(0);
+    }
+  });
+  forward(0, N);
+  worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+    const T *diagonal = net.theta + N * W + begin, *x = input(N) + 2 * begin;
+    T *b = back + 2 * begin;
+    for (int64_t t = 0; t < lanes; ++t) {
+      h[t] = minus_lr * x[2 * t] * x[2 * t + 1];
+      b[2 * t] = minus_lr * diagonal[t] * x[2 * t + 1]; // what meets g's side comes from U m
+      b[2 * t + 1] = minus_lr * diagonal[t] * x[2 * t];
+    }
+    update_tile(net, N * W + begin, lanes, rates, h);
+  });
+  for (int64_t l = N; l-- > 0; std::swap(back, next)) {
+    if ((l + 1) % stretch == 0 && l + 1 < N) forward(l + 1 - stretch, l);
+    worker.for_tiles(W, tile, [&](int64_t begin, int64_t lanes) {
+      const T *w = net.theta + l * W + begin, *x = input(l), *b = back + 2 * begin;
+      const int32_t *perm = net.permutations + l * W + begin;
+      for (int64_t t = 0; t < lanes; ++t) {
+        const int64_t place = 2 * int64_t(perm[t]);
+        h[t] = x[place] * b[2 * t] + x[place + 1] * b[2 * t + 1];
+        next[place] = back[place] + w[t] * b[2 * t];
+        next[place + 1] = back[place + 1] + w[t] * b[2 * t + 1];
+      }
+      update_tile(net, l * W + begin, lanes, rates, h);
+    });
+  }
+}
+
 // A vector into a bfloat16 one, by the random words of minus the count (see round_into_ in reference.py).
 template <typename T> void round_into(Bfloat16 *to, const T *values, int64_t size, uint32_t turn, int threads) {
   const int team = team_size(size, threads);
@@ -449,8 +566,8 @@ uint32_t turn_of(int64_t count) { return uint32_t(count) * 0x9E3779B1u; }
 
 } // namespace
 
-// `Network` of lodo/kernels/structures.py. work: 2 * D numbers (matvec), or 2 * D * (layers + 2) (learn; layers + 1 for
-// the shuffle).
+// `Network` of lodo/kernels/structures.py. work: 2 * D numbers (matvec, residual_matvec), 2 * D * (layers + 2) (learn;
+// layers + 1 for the shuffle) or 2 * D * (layers / stretch + stretch + 2) (residual_learn).
 struct Arguments {
   void *theta, *exp_avg, *exp_avg_sq;
   const int32_t *permutations;
@@ -459,21 +576,40 @@ struct Arguments {
   double lr, step_size, forget1, keep2, forget2, count, eps;
 };
 
+template <typename T> static Network<T> network(const Arguments &at) {
+  return {static_cast<T *>(at.theta), at.exp_avg, at.exp_avg_sq, at.permutations, at.layers, at.block, at.width, at.size};
+}
+
+template <typename T> static Rates<T> inner_rates(const Arguments &at) {
+  return {T(at.step_size), T(at.forget1), T(at.keep2), T(at.forget2), T(at.eps), turn_of(int64_t(at.count))};
+}
+
 #define LODO_ENTRY_POINTS(T, SUFFIX)                                                                                   \
   extern "C" void lodo_matvec_##SUFFIX(const Arguments *at, const T *v, T *out) {                                      \
-    matvec<T>({static_cast<T *>(at->theta), nullptr, nullptr, at->permutations, at->layers, at->block, at->width,      \
-               at->size},                                                                                              \
-              v, out, static_cast<T *>(at->work), int(at->threads));                                                   \
+    matvec(network<T>(*at), v, out, static_cast<T *>(at->work), int(at->threads));                                     \
   }                                                                                                                    \
   extern "C" void lodo_learn_##SUFFIX(const Arguments *at, const T *g, const T *m) {                                   \
-    const Network<T> net{static_cast<T *>(at->theta), at->exp_avg, at->exp_avg_sq, at->permutations,                   \
-                         at->layers,                  at->block,   at->width,      at->size};                          \
-    const Rates<T> rates{T(at->step_size), T(at->forget1), T(at->keep2),                                               \
-                         T(at->forget2),   T(at->eps),     turn_of(int64_t(at->count))};                               \
-    const auto tile = !at->exp_avg         ? learn_tile<T, void>                                                       \
+    const auto tile = !at->exp_avg      ? learn_tile<T, void>                                                          \
                       : at->is_bfloat16 ? learn_tile<T, Bfloat16>                                                      \
-                                           : learn_tile<T, T>;                                                         \
-    learn<T>(net, g, m, T(at->lr), rates, tile, static_cast<T *>(at->work), int(at->threads));                         \
+                                        : learn_tile<T, T>;                                                            \
+    learn<T>(network<T>(*at), g, m, T(at->lr), inner_rates<T>(*at), tile, static_cast<T *>(at->work),                  \
+             int(at->threads));                                                                                        \
+  }                                                                                                                    \
+  extern "C" void lodo_residual_matvec_##SUFFIX(const Arguments *at, const T *v, T *out) {                             \
+    const auto net = network<T>(*at);                                                                                  \
+    run(net, 2 * net.layers + 3, 0, int(at->threads), [&](Worker &worker, T *) {                                       \
+      matvec_residual(worker, net, v, out, static_cast<T *>(at->work));                                                \
+    });                                                                                                                \
+  }                                                                                                                    \
+  extern "C" void lodo_residual_learn_##SUFFIX(const Arguments *at, const T *g, const T *m, int64_t stretch) {         \
+    const auto net = network<T>(*at);                                                                                  \
+    const auto rates = inner_rates<T>(*at);                                                                            \
+    const auto tile = !at->exp_avg      ? update_tile<T, void>                                                         \
+                      : at->is_bfloat16 ? update_tile<T, Bfloat16>                                                     \
+                                        : update_tile<T, T>;                                                           \
+    run(net, 3 * net.layers + 2, net.tile(), int(at->threads), [&](Worker &worker, T *h) {                             \
+      learn_residual<T>(worker, net, g, m, -T(at->lr), rates, tile, stretch, static_cast<T *>(at->work), h);           \
+    });                                                                                                                \
   }                                                                                                                    \
   extern "C" void lodo_round_##SUFFIX(void *to, const T *values, int64_t size, int64_t count, int threads) {           \
     round_into(static_cast<Bfloat16 *>(to), values, size, turn_of(-count), threads);                                   \
