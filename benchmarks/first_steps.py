@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lodo
-from benchmarks.shootout.running import environment
+from benchmarks.environment import environment
 
 STEPS = 51
 LENGTH = 16  # of the texts that LSTMs and transformers see

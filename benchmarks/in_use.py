@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer, lr_scheduler
 
 import lodo
-from benchmarks.shootout.running import environment
+from benchmarks.environment import environment
 from examples.image_data import ImageData, digits
 
 OUT = Path(__file__).parent / "results" / "in_use"

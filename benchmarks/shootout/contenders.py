@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lodo
+from benchmarks.schedules import WARMUP
 from benchmarks.shootout.problem import Problem, Task
 from benchmarks.shootout.spaces import Choice, Range, Space, momentum, rate, second_decay, weight_decay
 
@@ -25,7 +26,6 @@ SEARCHED_LODO = ("lr", "beta", "weight_decay")  # of the tuned one; all else is 
 _AUTO = {*inspect.signature(lodo.AutoLODO).parameters, "preconditioner"}
 
 Options = Mapping[str, Any]
-WARMUP = 0.05  # the share of the steps in which the learning rate rises from near 0, for whoever has one
 SCHEDULED = Choice(("warmup_cosine", "warmup"))
 TRIALS = 40  # of AdamW
 PEER_TRIALS = 24

@@ -11,6 +11,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import source_hash
 from benchmarks.shootout.changes import CHANGES
 from benchmarks.shootout.contenders import (
     RECOMMENDED,
@@ -22,7 +23,7 @@ from benchmarks.shootout.contenders import (
     get_contender,
 )
 from benchmarks.shootout.problem import TRAINING, VALIDATION, Task
-from benchmarks.shootout.running import CALIBRATE, CHANGE, FINAL, ROBUST, TUNE, Job, Record, score_of, source_hash
+from benchmarks.shootout.running import CALIBRATE, CHANGE, FINAL, ROBUST, TUNE, Job, Record, score_of
 from benchmarks.shootout.tasks import TASKS, get_task
 from benchmarks.shootout.tuning import Search
 from examples.paper.runs import read_results

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import PACKAGES
 from benchmarks.shootout import pictures, tables
 from benchmarks.shootout.bootstrap import LEVEL
 from benchmarks.shootout.changes import EVERYWHERE, NOTHING_CHANGED
@@ -12,7 +13,7 @@ from benchmarks.shootout.contenders import ANCHOR, CLOCK, RECOMMENDED, REFERENCE
 from benchmarks.shootout.plan import CHANGE_SEED, Plan
 from benchmarks.shootout.problem import TRAINING, VALIDATION
 from benchmarks.shootout.results import AIMS, Results, collect
-from benchmarks.shootout.running import PACKAGES, Record
+from benchmarks.shootout.running import Record
 from benchmarks.shootout.scores import PENALTY, TAU, best_goal, goal_of
 from examples.paper.records import whole
 

@@ -3,16 +3,12 @@
 import hashlib
 import json
 import math
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import lodo
-from benchmarks.measuring import device_name
-from benchmarks.shootout.contenders import WARMUP, Contender, get_contender
+from benchmarks.environment import environment
+from benchmarks.schedules import factor_at
+from benchmarks.shootout.contenders import Contender, get_contender
 from benchmarks.shootout.problem import TRAINING, Problem
 from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import FORMAT, SKIPS
@@ -32,10 +29,8 @@ Record = dict[str, Any]
 TUNE, CALIBRATE, FINAL, ROBUST, CHANGE = "tune", "calibrate", "final", "robust", "change"
 POINTS = 100  # of a curve
 VALIDATIONS = 25  # of a run; trials are validated at their end alone
-SCHEDULES = ("constant", "warmup", "warmup_cosine")
 TAIL = 0.1  # the share of the steps, at the end, whose mean loss is the score; also the window of the curve
 DIVERGED = 2.0  # a run that ends above so many times the loss of standing still has diverged
-PACKAGES = ("torch", "numpy", "optuna", "pytorch-optimizer", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -217,22 +212,6 @@ def score_of(record: Record, aim: str = TRAINING) -> float:
     return math.inf if loss is None else float(loss)
 
 
-def factor_at(schedule: str, step: int, steps: int) -> float:
-    """What the learning rate is multiplied by at `step` of 0 to steps - 1.
-
-    "constant": 1; "warmup": a straight rise to 1 over the first twentieth of the steps; "warmup_cosine": after that
-    half a cosine from 1 to almost 0.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    if schedule == "constant":
-        return 1.0
-    rise = round(WARMUP * steps)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) if schedule == "warmup_cosine" else 1.0
-
-
 def _train(
     job: Job,
     contender: Contender,
@@ -348,28 +327,3 @@ def _train_by_closure(
     finally:
         clock.stop()
         clock.optimizer = clock.total - in_evaluation
-
-
-@cache
-def source_hash() -> str:
-    """Of the code of the installed lodo, which changes faster than its version."""
-    root = Path(lodo.__file__).parent
-    paths = sorted(path for path in root.rglob("*") if path.suffix in {".py", ".cpp"})
-    found = hashlib.sha256()
-    for path in paths:
-        found.update(str(path.relative_to(root).as_posix()).encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()[:12]
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine behind a record; the load is that at the run's end."""
-    versions: dict[str, Any] = {"lodo": lodo.__version__, "lodo_source": source_hash()}
-    versions["python"] = platform.python_version()
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    machine = {"system": platform.system(), "machine": platform.machine(), "processor": device_name("cpu")}
-    return versions | machine | {"cores": os.cpu_count(), "load": load, "threads": torch.get_num_threads()}

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.schedules import factor_at
 from benchmarks.shootout import __main__ as command
 from benchmarks.shootout import running, text
 from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender, hidden_matrices
 from benchmarks.shootout.problem import Problem
-from benchmarks.shootout.running import TUNE, VALIDATIONS, Curve, factor_at, run
+from benchmarks.shootout.running import TUNE, VALIDATIONS, Curve, run
 from benchmarks.shootout.tasks import TASKS, Task, get_task
 from tests.helpers.shootout_jobs import defaults, job
 

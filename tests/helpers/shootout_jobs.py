@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from benchmarks.shootout import running
+from benchmarks.environment import environment
 from benchmarks.shootout.contenders import RECOMMENDED, fixed_options, get_contender
 from benchmarks.shootout.running import TUNE, Job
 from benchmarks.shootout.spaces import defaults as defaults_of
@@ -39,5 +39,5 @@ def fake(a_job, score, validation=None):
         "idle_loss": 9.0,
         "seconds": steps / 100,
         "optimizer_seconds": steps / 300,
-        "environment": running.environment(),
+        "environment": environment(),
     }
