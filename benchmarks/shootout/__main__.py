@@ -106,7 +106,7 @@ def _check_packages(contenders: Sequence[str], stages: Sequence[str]) -> None:
         ValueError: naming the packages.
     """
     needed = {"matplotlib"} if REPORT in stages else set()
-    needed |= {"optuna"} if TUNE in stages else set()
+    needed |= {"optuna", "scipy"} if TUNE in stages else set()  # its Gaussian process needs it
     if set(stages) != {REPORT}:
         needed |= {"sklearn"} | ({"pytorch_optimizer"} if set(contenders) - NATIVE else set())
         # torch.einsum does without it, but then builds outer products of Kron's factors.

@@ -6,6 +6,7 @@ from typing import Any
 
 EDGE = 1.12  # a setting within this factor of its range's end stands there
 HALF_DECADE = 10**0.5
+ROUNDING = 1 + 1e-6
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,15 @@ class Range:
             return 0.0
         return 1 - position if self.is_decay else position
 
+    def has(self, value: float) -> bool:
+        return self.low / ROUNDING <= self._place(value) <= self.high * ROUNDING
+
     def position(self, value: float) -> float:
         """Where in the range a value lies; 1 - (1 - x) may be a rounding outside."""
-        place = self.low if self.is_off_below and value == 0 else (1 - value if self.is_decay else value)
-        return min(max(place, self.low), self.high)
+        return min(max(self._place(value), self.low), self.high)
+
+    def _place(self, value: float) -> float:
+        return self.low if self.is_off_below and value == 0 else (1 - value if self.is_decay else value)
 
     def end_of(self, value: float) -> str | None:
         """At which end a value stands that is no end of what is possible: "low", "high" or None."""

@@ -102,6 +102,8 @@ def searched(a_plan, task, contender, records, stop=100, best=0.02):
         jobs.append(a_job)
         lr = a_job.hyperparameters["lr"]
         harm = (a_job.schedule == "warmup_cosine") + 0.1 * a_job.hyperparameters.get("nesterov", 0)
+        for name, right in (("beta1", 0.1), ("beta2", 1e-2)):  # so that no end is the best
+            harm += 0.1 * math.log((1 - a_job.hyperparameters.get(name, 1 - right)) / right) ** 2
         losses = [0.1 + math.log(lr / wanted) ** 2 + harm for wanted in (best, 3 * best)]
         records.append(fake(a_job, None if lr > 5e2 else losses[0], losses[1]))
     return jobs
@@ -118,17 +120,21 @@ def test_a_search_scans_tries_choices_closes_in_and_resumes_exactly(tmp_path):
     assert {each.schedule for each in jobs[:9]} == {"warmup_cosine"}
     assert all(each.seed == planning.TUNING_SEED for each in jobs)
     best = min(first, key=lambda lr: abs(math.log(lr / 0.02)))
-    assert [(each.schedule, each.hyperparameters["nesterov"]) for each in jobs[9:11]] == [
-        ("warmup", False),
-        ("warmup", True),  # on top of what was better
-    ]
-    assert {each.hyperparameters["lr"] for each in jobs[9:11]} == {best}
-    assert len({each.hyperparameters["lr"] for each in jobs[11:]}) == 29
-    for each in jobs[11:]:
+    assert [each.hyperparameters["lr"] for each in jobs[9:14]] == first[::2]
+    assert {each.schedule for each in jobs[9:14]} == {"warmup"}
+    assert {each.hyperparameters["nesterov"] for each in jobs[:14]} == {False}
+    choice_ = jobs[14]
+    assert choice_.hyperparameters["nesterov"]
+    assert (choice_.schedule, choice_.hyperparameters["lr"]) == (
+        "warmup",
+        first[4],
+    )  # on top of what is the best so far
+    assert len({each.hyperparameters["lr"] for each in jobs[15:]}) == 25
+    for each in jobs[15:]:
         assert best / 30 <= each.hyperparameters["lr"] <= best * 40  # a decade around the best for either aim
         assert 0.5 <= each.hyperparameters["beta1"] <= 0.99
         assert "weight_decay" not in each.hyperparameters  # every batch is fresh
-    late = [abs(math.log(each.hyperparameters["lr"] / 0.035)) for each in jobs[11:]]
+    late = [abs(math.log(each.hyperparameters["lr"] / 0.035)) for each in jobs[15:]]
     assert sum(late[-10:]) < sum(late[:10])
     searched(a_plan, task, contender, parts, stop=17)
     read_again = [json.loads(json.dumps(record)) for record in parts]
@@ -151,6 +157,18 @@ def test_a_scan_goes_on_where_the_best_rate_is_at_its_end(tmp_path, best, extend
     assert choice(a_plan, task, contender, records) is not None
 
 
+def test_each_schedule_has_a_scan_of_its_own(tmp_path):
+    """A constant rate may want another one by decades, as where the loss's minimum moves."""
+    a_plan, task, contender, records = plan(tmp_path, trials=None), get_task("bowl"), get_contender("AdamW"), []
+    while len(records) < 40:
+        a_job = next_trial(a_plan, task, contender, records)
+        best = 1e3 if a_job.schedule == "warmup_cosine" else 0.5
+        ends = 1.5 if a_job.schedule == "warmup_cosine" else 1.0
+        records.append(fake(a_job, ends + 0.1 * math.log(a_job.hyperparameters["lr"] / best) ** 2))
+    assert choice(a_plan, task, contender, records).schedule == "warmup"
+    assert choice(a_plan, task, contender, records).hyperparameters["lr"] == pytest.approx(0.5, rel=0.5)
+
+
 def test_a_search_whose_best_stands_at_an_end_goes_on_in_wider_ranges(tmp_path, monkeypatch):
     """Whatever the estimator says, here: the lowest beta is the best."""
     a_plan, task, contender, records = plan(tmp_path, trials=None), get_task("rosenbrock"), get_contender("SGD"), []
@@ -161,7 +179,7 @@ def test_a_search_whose_best_stands_at_an_end_goes_on_in_wider_ranges(tmp_path, 
 
     monkeypatch.setattr(tuning, "suggest", lowest)
     while a_job := next_trial(a_plan, task, contender, records):
-        scanned = math.log(a_job.hyperparameters["lr"] / 0.02) ** 2 if len(records) < 9 else 0.0
+        scanned = math.log(a_job.hyperparameters["lr"] / 0.02) ** 2 if len(records) < 12 else 0.0
         records.append(fake(a_job, 1 + scanned + a_job.hyperparameters["momentum"]))
     ends = [1 - record["job"]["hyperparameters"]["momentum"] for record in records]
     assert len(records) == 24 + 5
