@@ -134,8 +134,8 @@ def test_a_search_scans_tries_choices_closes_in_and_resumes_exactly(tmp_path):
         assert best / 30 <= each.hyperparameters["lr"] <= best * 40  # a decade around the best for either aim
         assert 0.5 <= each.hyperparameters["beta1"] <= 0.99
         assert "weight_decay" not in each.hyperparameters  # every batch is fresh
-    late = [abs(math.log(each.hyperparameters["lr"] / 0.035)) for each in jobs[15:]]
-    assert sum(late[-10:]) < sum(late[:10])
+    for wanted in (0.02, 0.06):  # of the two aims
+        assert min(abs(math.log(each.hyperparameters["lr"] / wanted)) for each in jobs[15:]) < 0.2
     searched(a_plan, task, contender, parts, stop=17)
     read_again = [json.loads(json.dumps(record)) for record in parts]
     searched(a_plan, task, contender, read_again)
