@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.larger.problem import Batch, Problem
+from benchmarks.shootout.text import Block
 
 VOCABULARY = 256
 HELD_OUT_EVERY = 10  # every tenth file is held out
@@ -61,25 +61,6 @@ def standard_library(folder: Path | None = None) -> Text:
     return Text(one, other, tuple(p.name for p in training), tuple(p.name for p in held_out), name)
 
 
-class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each after a layer norm and with a shortcut."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = max(1, width // HEAD_WIDTH)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mix, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        count, length, width = x.shape
-        shape = (count, length, self.heads, width // self.heads)
-        q, k, v = (part.view(shape).transpose(1, 2) for part in self.mix(self.norm1(x)).chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project(mixed.transpose(1, 2).reshape(count, length, width))
-        return x + self.narrow(F.gelu(self.widen(self.norm2(x))))
-
-
 class GPT(nn.Module):
     """From bytes, (count, length) of at most `context`, to the logits of the next ones, (count, length, 256).
 
@@ -96,7 +77,7 @@ class GPT(nn.Module):
     def __init__(self, width: int = 128, depth: int = DEPTH, context: int = 64, is_tied: bool = False) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, max(1, width // HEAD_WIDTH)) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
         for name, param in self.named_parameters():
             if param.ndim == 2:
