@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, help="of every search, instead of the protocol's numbers")
     parser.add_argument("--steps", type=int, help="of every run, instead of the tasks' own; for trying out")
     parser.add_argument("--seeds", type=int, help="final runs of each pair, at seeds 0, 1, ..., not the protocol's")
-    parser.add_argument("--robust-seeds", type=int, default=1, help="the same at every wrong learning rate")
+    parser.add_argument("--robust-seeds", type=int, default=3, help="the same at every wrong learning rate")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap")
     parser.add_argument("--redo", action="store_true", help="LODO's runs with other code than the present one again")
     parser.add_argument(
@@ -117,6 +117,7 @@ def _check_packages(contenders: Sequence[str], stages: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     plan, stages = parse(arguments)
+    failures: list[str] = []
     plan.out.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         if stage == REPORT:
@@ -129,7 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if stage in (FINAL, ROBUST) and (missing := untuned_pairs(plan, plan.load())):
             print(f"{stage}: left out, for they are not tuned yet: {'; '.join(missing)}", file=sys.stderr)
-        work_on(plan, stage)
+        try:
+            work_on(plan, stage)
+        except RuntimeError as error:
+            failures.append(str(error))
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Contender:
         uses_closure: `step` calls for as many evaluations as it likes.
         needs_matrices: it does not apply where no matrix is to be trained.
         needs_exact_losses: it applies to deterministic tasks only.
+        spares_vectors: its weight decay leaves vectors alone.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Contender:
     uses_closure: bool = False
     needs_matrices: bool = False
     needs_exact_losses: bool = False
+    spares_vectors: bool = False
 
     def applies_to(self, task: Task) -> bool:
         if self.needs_exact_losses and not task.is_deterministic:
@@ -70,8 +72,10 @@ class Contender:
         return task.has_matrices or not self.needs_matrices
 
     def space_of(self, task: Task) -> Space:
-        """Weight decay is searched only where data come again and again, so that it may help."""
-        return {name: each for name, each in self.space.items() if name != "weight_decay" or task.has_finite_data}
+        """Weight decay is searched only where data come again and again, so that it may help, and where something
+        decays."""
+        decays = task.has_finite_data and (task.has_matrices or not self.spares_vectors)
+        return {name: each for name, each in self.space.items() if name != "weight_decay" or decays}
 
 
 def _sgd(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
@@ -149,8 +153,9 @@ def _prodigy(problem: Problem, options: Options, seed: int, steps: int) -> list[
     from pytorch_optimizer import Prodigy
 
     rest = {"betas": (0.9, options["beta2"]), "weight_decay": options.get("weight_decay", 0.0)}
-    # Its authors' advice beside a warm-up: the rate's rise must not count in the estimate of the distance.
-    return [Prodigy(problem.params, lr=options["lr"], safeguard_warmup=True, **rest)]
+    # Its authors' advice: lr stays 1, and what is searched under its name is the factor of the estimated distance;
+    # beside a warm-up the rate's rise must not count in that estimate.
+    return [Prodigy(problem.params, lr=1.0, d_coef=options["lr"], safeguard_warmup=True, **rest)]
 
 
 def _schedule_free(problem: Problem, options: Options, seed: int, steps: int) -> list[Optimizer]:
@@ -214,7 +219,7 @@ _ADAM: Space = {
     "lr": rate(1e-4, 1.0, 1e-3),
     "schedule": SCHEDULED,
     "nesterov": Choice((False, True)),
-    "beta1": momentum(0.9),
+    "beta1": momentum(0.9, ceiling=1.0),
     "beta2": second_decay(0.999),
     "weight_decay": weight_decay(),
 }
@@ -265,6 +270,7 @@ _ALL = (
             "momentum": momentum(0.9),
             "weight_decay": weight_decay(),
         },
+        spares_vectors=True,
     ),
     Contender(
         "Prodigy",

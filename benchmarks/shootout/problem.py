@@ -11,6 +11,7 @@ from torch import Tensor, nn
 Split = Literal["choose", "hold out", "fresh", "sealed"]
 TRAINING, VALIDATION = "training", "validation"  # what is aimed at: the loss on either sort of data
 IDLE_DRAWS = 20
+SELECTING = 1000  # runs at this seed and above choose settings: where there are enough data, they validate on others
 STATISTICS_DRAWS = 20  # batches from which the statistics of batch norms are taken anew
 
 Validate = Callable[[Any, int], tuple[Tensor, Tensor | None]]

@@ -69,13 +69,16 @@ class Clock:
 
     def __init__(self) -> None:
         self.total = self.optimizer = 0.0
-        self._begun = 0.0
+        self._begun: float | None = None
 
     def start(self) -> None:
         self._begun = time.process_time()
 
     def stop(self) -> None:
-        self.total += time.process_time() - self._begun
+        """Does nothing to a clock that stands still."""
+        if self._begun is not None:
+            self.total += time.process_time() - self._begun
+            self._begun = None
 
     def optimize(self, step: Callable[[], Any]) -> None:
         begun = time.process_time()
@@ -255,9 +258,11 @@ def _at_average(optimizers: list[Optimizer]) -> Iterator[None]:
     """Inside, the parameters are where the optimizer would have its model evaluated."""
     for optimizer in optimizers:
         optimizer.eval()  # type: ignore[attr-defined]
-    yield
-    for optimizer in optimizers:
-        optimizer.train()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            optimizer.train()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -266,9 +271,11 @@ def _at(problem: Problem, point: Sequence[Tensor]) -> Iterator[None]:
     kept = [param.data for param in problem.params]
     for param, value in zip(problem.params, point, strict=True):
         param.data = value.data
-    yield
-    for param, value in zip(problem.params, kept, strict=True):
-        param.data = value
+    try:
+        yield
+    finally:
+        for param, value in zip(problem.params, kept, strict=True):
+            param.data = value
 
 
 @torch.no_grad()
@@ -320,8 +327,9 @@ def _train_by_closure(
 
     clock.start()
     try:
-        while True:  # it returns where its line search finds nothing better, and starts anew there
+        while True:
             optimizer.step(closure)
+            optimizer.state.clear()  # its line search found nothing better: it starts anew there
     except _BudgetSpentError:
         pass
     finally:

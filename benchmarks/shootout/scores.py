@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from benchmarks.shootout.problem import TRAINING
 from benchmarks.shootout.running import Record, score_of
+from benchmarks.shootout.tasks import get_task
 
 PENALTY = 2.0  # budgets that a task counts for whose goal is never reached
 TAU = 4.0  # times the fastest contender's steps or seconds, where a profile ends
@@ -53,16 +54,18 @@ class Track:
 def track(record: Record, aim: str = TRAINING) -> Track:
     """The score stands in for the last point of the training curve, whose digits are rounded."""
     curve = record["curve"] if aim == TRAINING else record["validation"]
+    if record["score"] is None:
+        nothing = np.array([])
+        return Track(math.inf, None, nothing, nothing, nothing, record["seconds"])
     losses = [math.inf if loss is None else loss for loss in curve["loss"]]
-    if aim == TRAINING and losses:
+    if aim == TRAINING:
         losses[-1] = score_of(record)
-    count = 0 if record["score"] is None else len(losses)
     return Track(
         final=score_of(record, aim),
-        accuracy=None if aim == TRAINING or not curve["accuracy"] else curve["accuracy"][-1],
-        steps=np.array(curve["step"][:count], dtype=float) / record["job"]["steps"],
-        seconds=np.array(curve["seconds"][:count], dtype=float),
-        lowest=np.minimum.accumulate(np.array(losses[:count], dtype=float)),
+        accuracy=None if aim == TRAINING else curve["accuracy"][-1],
+        steps=np.array(curve["step"], dtype=float) / record["job"]["steps"],
+        seconds=np.array(curve["seconds"], dtype=float),
+        lowest=np.minimum.accumulate(np.array(losses, dtype=float)),
         whole=record["seconds"],
     )
 
@@ -80,8 +83,13 @@ def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
 
 def tracks(runs: Mapping[tuple[str, str], Sequence[Record]], aim: str = TRAINING) -> dict[tuple[str, str], list[Track]]:
     """Of those that have the aim's data."""
-    usable = {pair: [run for run in own if aim == TRAINING or run["validation"]] for pair, own in runs.items()}
+    usable = {pair: [run for run in own if aim == TRAINING or _is_validated(run)] for pair, own in runs.items()}
     return {pair: [track(run, aim) for run in own] for pair, own in usable.items() if own}
+
+
+def _is_validated(run: Record) -> bool:
+    """Or would have been, had it not diverged before."""
+    return run["validation"] is not None or (run["score"] is None and get_task(run["job"]["task"]).is_validated)
 
 
 def goal(runs: Sequence[Track]) -> float | None:
@@ -116,7 +124,8 @@ class Outcome:
     """How a contender did on one task.
 
     Attributes:
-        loss, lowest, highest: median and range of the final losses over the seeds; infinite: diverged.
+        loss: median of the final losses over the seeds; infinite: diverged.
+        ends_below: it is not above the goal.
         steps: to the goal, as a share of the budget; median over the seeds; infinite: not reached.
         seconds: the same, relative to a run of the clock's contender.
         cost: of a whole run in seconds, relative to the same; NaN without finished runs.
@@ -124,8 +133,7 @@ class Outcome:
     """
 
     loss: float
-    lowest: float
-    highest: float
+    ends_below: bool
     steps: float
     seconds: float
     cost: float
@@ -140,6 +148,8 @@ class Outcome:
         """Steps or seconds, or where the goal was not reached `PENALTY` times a whole run, which in seconds is no
         shorter than the clock's."""
         figure: float = getattr(self, axis)
+        if math.isnan(figure):
+            return figure  # seconds without a clock
         whole = self.cost if axis == "seconds" and math.isfinite(self.cost) else 1.0
         return figure if math.isfinite(figure) else PENALTY * max(1.0, whole)
 
@@ -152,16 +162,16 @@ def outcome(runs: Sequence[Track], level: float | None, clock: Sequence[Track]) 
     """
     if not runs or level is None:
         return None
-    unit = median(run.whole for run in clock) if clock else math.nan
+    done = [run.whole for run in clock if len(run.steps)]
+    unit = median(done) if done else math.nan
     at = [run.reached_at(level) for run in runs]
-    done = [run.whole / unit for run in runs if len(run.steps)]
+    costs = [run.whole / unit for run in runs if len(run.steps)]
     return Outcome(
-        loss=median(run.final for run in runs),
-        lowest=min(run.final for run in runs),
-        highest=max(run.final for run in runs),
+        loss=(loss := median(run.final for run in runs)),
+        ends_below=loss <= level,
         steps=median(steps for steps, _ in at),
         seconds=median(seconds for _, seconds in at) / unit,
-        cost=median(done) if done else math.nan,
+        cost=median(costs) if costs else math.nan,
         diverged=sum(not len(run.steps) for run in runs),
         runs=len(runs),
     )
@@ -183,17 +193,16 @@ class Summary:
     Attributes:
         tasks: on how many it ran where there is a goal; all that follows is over these.
         reached: on how many it got to the goal within the budget.
+        ends_below: on how many its final loss is not above the goal.
         steps, seconds: geometric means with the penalty; NaN without tasks.
-        steps_if_reached, seconds_if_reached: the same over the tasks whose goal was reached, without a penalty.
         diverged: the share of the runs.
     """
 
     tasks: int
     reached: int
+    ends_below: int
     steps: float
     seconds: float
-    steps_if_reached: float
-    seconds_if_reached: float
     diverged: float
 
     @property
@@ -209,15 +218,13 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def summarise(outcomes: Iterable[Outcome]) -> Summary:
     every = list(outcomes)
-    reached = [each for each in every if each.is_reached]
     runs = sum(each.runs for each in every)
     return Summary(
         tasks=len(every),
-        reached=len(reached),
+        reached=sum(each.is_reached for each in every),
+        ends_below=sum(each.ends_below for each in every),
         steps=geometric_mean(each.penalised("steps") for each in every),
         seconds=geometric_mean(each.penalised("seconds") for each in every),
-        steps_if_reached=geometric_mean(each.steps for each in reached),
-        seconds_if_reached=geometric_mean(each.seconds for each in reached),
         diverged=sum(each.diverged for each in every) / runs if runs else math.nan,
     )
 

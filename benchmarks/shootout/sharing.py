@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks.shootout.contenders import Contender, get_contender
 from benchmarks.shootout.plan import (
     Plan,
@@ -29,6 +31,7 @@ from benchmarks.shootout.plan import (
 )
 from benchmarks.shootout.problem import Task
 from benchmarks.shootout.running import CALIBRATE, CHANGE, FINAL, TUNE, Job, Record, run
+from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import append_result, fcntl
 
 WAIT_SECONDS = 5.0
@@ -60,7 +63,8 @@ def units(plan: Plan, stage: str, records: Sequence[Record]) -> list[Unit]:
             if contender.space
         ]
     if stage == CALIBRATE:
-        jobs = [job for name in plan.contenders for job in calibration_jobs(plan, get_contender(name))]
+        every = [job for name in plan.contenders for job in calibration_jobs(plan, get_contender(name))]
+        jobs = [job for job in every if plan.data_root is not None or not get_task(job.task).needs_mnist]
     elif stage == CHANGE:
         jobs = [job for own in change_jobs(plan).values() for job in own]
     else:
@@ -103,6 +107,7 @@ def work(plan: Plan, stage: str, parent: int | None = None) -> int:
         parent: the process of the command, for a worker, which must not go on alone if the command is killed. The
             command itself outlives its parent, the shell that it may have been left behind by.
     """
+    torch.set_num_threads(1)  # of what proposes settings, as of the runs
     own = units(plan, stage, plan.load())
     failed: set[str] = set()
     while True:
@@ -127,11 +132,16 @@ def _is_orphan(parent: int | None) -> bool:
 
 def _finish(unit: Unit, plan: Plan, parent: int | None) -> bool:
     """Makes all runs of a unit; returns whether none failed."""
-    while not _is_orphan(parent) and (job := unit.next_job(plan.load())) is not None:
+    while not _is_orphan(parent):
+        told = unit.name
         try:
+            job = unit.next_job(plan.load())
+            if job is None:
+                return True
+            told = _named(job)
             record = run(job, plan.data_root)
         except Exception:
-            print(f"{_named(job)} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            print(f"{told} failed:\n{traceback.format_exc()}", file=sys.stderr)
             return False
         append_result(plan.records_path, record)
         found = "diverged" if record["score"] is None else f"{record['score']:.4g}"

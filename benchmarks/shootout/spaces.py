@@ -75,9 +75,9 @@ def rate(low: float, high: float, default: float) -> Range:
     return Range(low, high, default, floor=1e-8, ceiling=1e4)
 
 
-def momentum(default: float, low: float = 1e-2, high: float = 0.5) -> Range:
-    """A momentum, searched in 1 minus it."""
-    return Range(low, high, default, is_decay=True, floor=1e-3, ceiling=1.0)
+def momentum(default: float, low: float = 1e-2, high: float = 0.5, ceiling: float = 0.9) -> Range:
+    """A momentum, searched in 1 minus it. Not every optimizer bears a momentum of 0."""
+    return Range(low, high, default, is_decay=True, floor=1e-3, ceiling=ceiling)
 
 
 def second_decay(default: float, low: float = 1e-4, high: float = 0.2) -> Range:

@@ -208,7 +208,7 @@ def drift(seed: int, root: Path | None) -> Problem:
 
     def validate(model: nn.Module, step: int) -> tuple[Tensor, None]:
         """On other inputs, with the teacher where it is now."""
-        return objective(model, draw(torch.Generator().manual_seed(seed + 17), step, HELD_OUT)), None
+        return objective(model, draw(torch.Generator().manual_seed(seed + 18), step, HELD_OUT)), None
 
     model = nn.Sequential(nn.Linear(size, 64), nn.Tanh(), nn.Linear(64, 1))
     return Problem(model, draw, objective, seed, validate=validate)

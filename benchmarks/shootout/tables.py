@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.shootout.bootstrap import intervals
 from benchmarks.shootout.changes import CHANGES, NOTHING_CHANGED
-from benchmarks.shootout.contenders import CLOCK, REFERENCE, UNTUNED, get_contender
+from benchmarks.shootout.contenders import CLOCK, CONTENDERS, REFERENCE, UNTUNED, get_contender
 from benchmarks.shootout.plan import choice
 from benchmarks.shootout.problem import TRAINING, VALIDATION
 from benchmarks.shootout.results import AIMS, Results
@@ -41,10 +41,10 @@ SPLITS = {
 FAMILY = (
     "Prodigy",
     "schedule-free AdamW",
-    "NAdamW, calibrated",
-    "Prodigy, calibrated",
-    "schedule-free AdamW, calibrated",
+    "AdEMAMix",
+    *(name for name in CONTENDERS if get_contender(name).candidates),
 )
+"""Adam's relatives, tuned or not."""
 LEAD = 0.95  # a member of Adam's family below this share of AdamW's loss says that AdamW's search was too weak
 
 
@@ -67,9 +67,11 @@ def figures_of(found: Tracks, tasks: Sequence[str], names: Sequence[str], goals:
 
 
 def standing(results: Results, aim: str, names: Sequence[str], goals: Goals, tasks: Sequence[str]) -> str:
-    """Who reaches the goals, and how soon, with bootstrap intervals."""
+    """Who reaches the goals, and how soon, with bootstrap intervals. Who ran on fewer than half of the tasks is left
+    out."""
     found = results.tracks[aim]
-    names = [name for name in names if any((task, name) in found for task in tasks)]
+    most = max((sum((task, name) in found for task in tasks) for name in names), default=0)
+    names = [name for name in names if 2 * sum((task, name) in found for task in tasks) >= max(1, most)]
     whole = figures_of(found, tasks, names, goals)
     ends = intervals(found, tasks, lambda some, own: figures_of(some, own, names, goals), results.plan.draws)
 
@@ -85,15 +87,17 @@ def standing(results: Results, aim: str, names: Sequence[str], goals: Goals, tas
         around = ends.get(f"{name}/reached")
         spread = f" ({percent(around[0])[:-2]} to {percent(around[1])})" if around else ""
         shown = [cell(name, column) for column in ("steps", "seconds", "profile steps", "profile seconds")]
-        lines.append([name, f"{summary.reached} of {summary.tasks}{spread}", *shown, percent(summary.diverged)])
-    return table(("", "reached", "steps", "seconds", "profile, steps", "profile, seconds", "diverged"), lines)
+        reached = f"{summary.reached} of {summary.tasks}{spread}"
+        lines.append([name, reached, str(summary.ends_below), *shown, percent(summary.diverged)])
+    columns = ("reached", "ends below", "steps", "seconds", "profile, steps", "profile, seconds", "diverged")
+    return table(("", *columns), lines)
 
 
-def by_split(results: Results, aim: str, goals: Goals) -> str:
+def by_split(results: Results, aim: str, names: Sequence[str], goals: Goals) -> str:
     """The same in brief, by the splits of the tasks."""
     splits = {title: tasks for title, splits in SPLITS.items() if (tasks := results.tasks_of(splits))}
     lines = []
-    for name in results.contenders:
+    for name in names:
         summaries = [summarise(results.outcomes(name, tasks, aim, goals).values()) for tasks in splits.values()]
         lines.append([name, *map(_brief, summaries)])
     return table(("", *splits), lines)
@@ -143,9 +147,9 @@ def goals_before(results: Results, before: Mapping[str, float]) -> str:
     return table(header, lines)
 
 
-def family(results: Results) -> str:
-    """Adam's relatives over tuned AdamW."""
-    finals = results.tracks[TRAINING]
+def family(results: Results, aim: str) -> str:
+    """Final losses of Adam's relatives over tuned AdamW's."""
+    finals = results.tracks[aim]
     names = [name for name in FAMILY if name in results.contenders]
 
     def cell(task: str, name: str) -> str:
@@ -155,7 +159,8 @@ def family(results: Results) -> str:
         ratio = levels[0] / levels[1]  # type: ignore[operator]
         return f"**{number(ratio, 3)}**" if ratio < LEAD else number(ratio, 3)
 
-    return table(("task", *names), [[task, *(cell(task, name) for name in names)] for task in results.tasks])
+    tasks = [task for task in results.tasks if (task, REFERENCE) in finals]
+    return table(("task", *names), [[task, *(cell(task, name) for name in names)] for task in tasks])
 
 
 def by_factor(results: Results) -> dict[str, dict[float, Summary]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.shootout.problem import Problem, Validate, held_out, rows, share_correct
+from benchmarks.shootout.problem import SELECTING, Problem, Validate, held_out, rows, share_correct
 
 MODULES = ("argparse", "difflib", "doctest", "inspect", "pickle", "pydoc", "tarfile", "turtle", "typing", "zipfile")
 HELD_OUT_MODULES = ("ast", "calendar", "configparser", "optparse", "statistics", "threading")
@@ -73,10 +73,11 @@ def windows_of(text: Tensor, length: int, batch_size: int) -> Any:
 
 
 def held_out_windows(
-    text: Tensor, length: int, objective: Any, accuracy: Any, windows: int = HELD_OUT_WINDOWS
+    text: Tensor, length: int, objective: Any, accuracy: Any, windows: int = HELD_OUT_WINDOWS, seed: int = 0
 ) -> Validate:
-    """On pieces of a text, spread evenly over it."""
-    starts = torch.linspace(0, len(text) - length - 1, windows).long()
+    """On pieces of a text, spread evenly over it; to choose settings by, on those half-way between the others."""
+    places = torch.arange(windows) + (0.5 if seed >= SELECTING else 0.0)
+    starts = (places * ((len(text) - length - 1) / windows)).long()
     pieces = text[starts[:, None] + torch.arange(length + 1)]
     return held_out((pieces[:, :-1], pieces[:, 1:]), objective, accuracy)
 
@@ -152,7 +153,7 @@ def lstm(seed: int, root: Path | None) -> Problem:
 
 
 def _next_character_problem(model: nn.Module, seed: int) -> Problem:
-    validate = held_out_windows(characters(HELD_OUT_MODULES), CONTEXT, _next_character, share_correct)
+    validate = held_out_windows(characters(HELD_OUT_MODULES), CONTEXT, _next_character, share_correct, seed=seed)
     return Problem(model, windows_of(characters(), CONTEXT, 16), _next_character, seed, validate=validate)
 
 
@@ -165,5 +166,5 @@ def words(seed: int, root: Path | None) -> Problem:
     def accuracy(model: nn.Module, batch: Batch) -> Tensor:
         return share_correct(model, (batch[0], batch[1][:, -1]))
 
-    validate = held_out_windows(_words(HELD_OUT_MODULES), 2, objective, accuracy, HELD_OUT_WORDS)
+    validate = held_out_windows(_words(HELD_OUT_MODULES), 2, objective, accuracy, HELD_OUT_WORDS, seed)
     return Problem(WordModel(), windows_of(_words(), 2, 64), objective, seed, validate=validate)

@@ -32,7 +32,7 @@ class Search:
     Attributes:
         task, contender: their names.
         aims: what is to be minimised.
-        count: of the trials, before anything is widened.
+        count: of the trials, before the scan or a range is widened.
         afterwards: options that are tried on top of the best settings at the end.
         widens: the scan and the ranges go further where the best is at an end; not when somebody tries things out.
     """
@@ -55,22 +55,28 @@ class Search:
             for option in each.options[1:]
         ]
         number = len(done)
-        if number < self.count and number < len(scan):
+        if number < self._budget(scan) and number < len(scan):
             return defaults(self.space) | scan[number]
-        if number < self.count and number < len(scan) + len(others):
+        if number < self._budget(scan) and number < len(scan) + len(others):
             return self.best(done)[0] | others[number - len(scan)]
-        space, wanted = self._widened(done, scan)
+        space, wanted, at_last = self._end(done, scan)
         if number < wanted:
             return suggest(space, self.aims, done, zlib.crc32(f"{self.task}/{self.contender}/{number}".encode()))
-        at_last = self._at_last(done[:wanted])
         return at_last[number - wanted] if number - wanted < len(at_last) else None
 
     def is_done(self, done: Sequence[Record]) -> bool:
         """Whether `next_setting` would be None, without asking the process."""
-        if len(done) < self.count:
-            return False
-        wanted = self._widened(done, self._scanned(done))[1]
-        return len(done) >= wanted and len(done) >= wanted + len(self._at_last(done[:wanted]))
+        _, wanted, at_last = self._end(done, self._scanned(done))
+        return len(done) >= wanted + len(at_last)
+
+    def _budget(self, scan: Sequence[Setting]) -> int:
+        """The trials before a range is widened: learning rates beyond the scan's range come on top."""
+        return self.count + max(0, len(scan) - self._unextended())
+
+    def _unextended(self) -> int:
+        schedules = self.space["schedule"].options if "schedule" in self.space else (None,)  # type: ignore[union-attr]
+        rates = grid(self._rate())
+        return len(rates) + (len(schedules) - 1) * len(rates[::2])
 
     def best(self, done: Sequence[Record]) -> list[Setting]:
         """The best settings, by each aim; one where they are the same."""
@@ -106,11 +112,11 @@ class Search:
                 break  # how many there are with this schedule is not known yet
         return found
 
-    def _widened(self, done: Sequence[Record], scan: Sequence[Setting]) -> tuple[Space, int]:
-        """The ranges after the scan, wider where a best setting stands at an end after all trials, and the number of
-        trials in all."""
+    def _end(self, done: Sequence[Record], scan: Sequence[Setting]) -> tuple[Space, int, list[Setting]]:
+        """The ranges after the scan, wider where a best setting stands at an end after all trials; the number of
+        trials; and the settings that are tried after these."""
         if not done:
-            return self.space, self.count
+            return self.space, self.count, []
         scanned = done[: len(scan)]
         best = [
             setting["lr"]
@@ -118,16 +124,14 @@ class Search:
             for setting in self.best([record for record in scanned if record["job"]["schedule"] == schedule])
         ]
         rate = replace(self._rate(), low=min(best) / DECADE, high=max(best) * DECADE)
-        space, wanted = {**self.space, "lr": rate}, self.count
+        space, wanted = {**self.space, "lr": rate}, self._budget(scan)
         for _ in range(WIDENINGS if self.widens else 0):
             wider = widen(space, self.best(done[:wanted])) if len(done) >= wanted else None
             if wider is None:
                 break
             space, wanted = dict(wider), wanted + WIDENED_TRIALS
-        return space, wanted
-
-    def _at_last(self, done: Sequence[Record]) -> list[Setting]:
-        return [setting | dict(self.afterwards) for setting in self.best(done)] if self.afterwards else []
+        is_over = bool(self.afterwards) and len(done) >= wanted
+        return space, wanted, [best | dict(self.afterwards) for best in self.best(done[:wanted])] if is_over else []
 
 
 def setting_of(record: Record, space: Space) -> Setting:

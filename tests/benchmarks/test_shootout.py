@@ -11,10 +11,11 @@ import torch
 
 from benchmarks.schedules import factor_at
 from benchmarks.shootout import __main__ as command
-from benchmarks.shootout import running, text
+from benchmarks.shootout import images, running, text
 from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender, hidden_matrices
-from benchmarks.shootout.problem import Problem
+from benchmarks.shootout.problem import SELECTING, Problem
 from benchmarks.shootout.running import TUNE, VALIDATIONS, Curve, run
+from benchmarks.shootout.spaces import Range
 from benchmarks.shootout.tasks import TASKS, Task, get_task
 from tests.helpers.shootout_jobs import defaults, job
 
@@ -41,6 +42,12 @@ def data_root(tmp_path_factory):
             bytes((0, 0, 8, 1)) + count.to_bytes(4, "big") + labels.tobytes()
         )
     return root
+
+
+@pytest.fixture(autouse=True)
+def few_images_held_out(monkeypatch):
+    """Of the folder's images to validate with, half are to choose settings by."""
+    monkeypatch.setattr(images, "HELD_OUT", IMAGES["t10k"] // 2)
 
 
 # Tasks
@@ -135,18 +142,34 @@ def test_validation_leaves_the_training_as_it_is(name, data_root):
         assert problem.validate() != found
 
 
-def test_what_is_validated_with_is_not_trained_on(data_root):
+def held_batch(problem):
+    """The batch that a problem validates with."""
+    validate = problem._validate
+    return validate.__closure__[validate.__code__.co_freevars.index("batch")].cell_contents
+
+
+def test_what_is_validated_with_is_not_trained_on(data_root, monkeypatch):
+    monkeypatch.setattr(images, "PIXEL_NOISE", 0.0)  # with noise no two images are the same
     for name in ("mnist_mlp", "mnist_cnn", "autoencoder", "digits_mlp", "scaled_mlp", "vae"):
         problem = TASKS[name].build(0, data_root)
-        seen, held = [], []
-        problem._objective = lambda model, batch, seen=seen: seen.append(batch)
-        draw = [problem._draw(torch.Generator().manual_seed(1), 0) for _ in range(3)]
-        trained = torch.cat([batch[0] if isinstance(batch, tuple) else batch for batch in draw])
-        validate = problem._validate
-        batch = validate.__closure__[list(validate.__code__.co_freevars).index("batch")].cell_contents
+        batches = [problem._draw(torch.Generator().manual_seed(seed), 0) for seed in range(40)]
+        trained = torch.cat([batch[0] if isinstance(batch, tuple) else batch for batch in batches])
+        batch = held_batch(problem)
         held = batch[0] if isinstance(batch, tuple) else batch
-        distance = torch.cdist(trained.flatten(1).double(), held.flatten(1).double())
-        assert distance.min() > 1e-6, name
+        same = [bool((trained == each).flatten(1).all(1).any()) for each in held]
+        assert not any(same), name
+        assert bool((trained == trained[:1]).flatten(1).all(1).any())  # the check would see it
+
+
+def test_settings_are_chosen_on_other_held_out_data_than_are_reported(data_root):
+    for name in ("mnist_mlp", "mnist_cnn", "autoencoder", "transformer", "lstm"):
+        choosing, reporting = (held_batch(TASKS[name].build(seed, data_root)) for seed in (SELECTING, 4))
+        inputs = [batch[0] if isinstance(batch, tuple) else batch for batch in (choosing, reporting)]
+        assert inputs[0].shape == inputs[1].shape
+        assert not any(bool((inputs[0] == each).flatten(1).all(1).any()) for each in inputs[1][:50]), name
+    text_ = text.characters(text.HELD_OUT_MODULES)
+    assert (len(text_) - 33) / text.HELD_OUT_WINDOWS / 2 > 33  # windows do not overlap
+    assert len(text._words(text.HELD_OUT_MODULES)) / text.HELD_OUT_WORDS / 2 > 3
 
 
 def test_text_is_validated_on_other_modules():
@@ -271,7 +294,7 @@ def test_every_contender_steps_on_the_same_batches(task, contender, data_root, m
         expected.draw()
         if batch is not None:
             assert all(torch.equal(own, other) for own, other in zip(batch, expected.batch, strict=True))
-    assert len(batches) == 3 + len(record["validation"]["step"]) * (task == "drift")
+    assert len(batches) == 3
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
@@ -363,6 +386,21 @@ def test_schedules_reach_every_group(monkeypatch):
         factor_at("steps", 0, 10)
 
 
+@ELSEWHERE
+@pytest.mark.parametrize("name", [name for name, each in CONTENDERS.items() if each.space])
+def test_every_contender_bears_the_ends_of_its_ranges(name):
+    """Where ranges can be widened to."""
+    contender, task = get_contender(name), get_task("drift")
+    if not contender.applies_to(task):
+        task = get_task("pinn")
+    ranges = {key: each for key, each in contender.space_of(task).items() if isinstance(each, Range)}
+    for key, each in ranges.items():
+        for place in (each.floor or each.low, min(each.ceiling, 1e9)):
+            hyperparameters = defaults(name, task.name) | {key: each.value(place)}
+            record = run(job(task.name, name, hyperparameters=hyperparameters, steps=3), None)
+            assert len(record["curve"]["step"]) == 3 or record["score"] is None
+
+
 def test_evaluations_of_l_bfgs_count_as_steps():
     record = run(job("pinn", "L-BFGS", steps=57), None)
     assert record["curve"]["step"][-1] == 57
@@ -426,6 +464,43 @@ def test_filters_are_muons_too(data_root):
     assert len(hidden_matrices(factors, with_head=False)) == 2  # neither is a last layer
 
 
+@ELSEWHERE
+def test_an_average_is_validated_with_statistics_of_its_own():
+    """Batch norm's running statistics are those of where the gradients are taken."""
+    from pytorch_optimizer import ScheduleFreeAdamW
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+
+    def draw(generator, step):
+        return torch.randn(64, 3, generator=generator)
+
+    seen = []
+
+    def validate(model, step):
+        seen.append([model[0].weight.detach().clone(), model[1].running_mean.clone(), model.training])
+        return torch.ones(()), None
+
+    problem = Problem(model, draw, lambda model, batch: model(batch).square().mean(), 0, validate=validate)
+    optimizer = ScheduleFreeAdamW(problem.params, lr=0.5)
+    for _ in range(20):
+        optimizer.zero_grad()
+        problem.loss().backward()
+        optimizer.step()
+    point, statistics = model[0].weight.detach().clone(), model[1].running_mean.clone()
+    running.Validation(20, 1).take(problem, [optimizer], 20, 1.0, is_averaging=True)
+    average, mean, is_training = seen[0]
+    assert not is_training
+    assert not torch.equal(average, point)
+    batches = torch.cat([draw(torch.Generator().manual_seed(seed), 0) for seed in range(50)])
+    with torch.no_grad():
+        expected = (batches @ average.T + model[0].bias).mean(0)
+    assert (mean - expected).abs().max() < 0.15
+    assert torch.equal(model[0].weight.detach(), point)
+    assert torch.equal(model[1].running_mean, statistics)
+    assert model.training
+
+
 def test_nesterovs_adamw_is_the_one_without_a_momentum_schedule():
     """As optax's nadamw: m_hat of the next step from m, and the gradient, both corrected."""
     problem = get_task("pinn").build(0)
@@ -449,5 +524,7 @@ def test_weight_decay_is_searched_where_data_are_finite():
         assert "weight_decay" not in contender.space_of(get_task("rosenbrock"))
         spaces = contender.space_of(get_task("digits_mlp"))
         assert ("weight_decay" in spaces) == ("weight_decay" in contender.space)
+        in_vectors = contender.space_of(get_task("logistic"))
+        assert ("weight_decay" in in_vectors) == ("weight_decay" in spaces and contender.name != "PSGD-Kron")
         assert bool(contender.space) + bool(contender.candidates) <= 1
     assert sum("weight_decay" in contender.space for contender in CONTENDERS.values()) >= 8

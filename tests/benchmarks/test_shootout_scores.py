@@ -72,8 +72,12 @@ def test_validation_counts_by_its_own_curve():
     assert found.reached_at(1.0) == (math.inf, math.inf)
     blown = track(result(falling(1.0), held_out=[1.0] * 9 + [None]), VALIDATION)
     assert blown.final == math.inf
-    runs = by_pair([run, result(falling(1.0), "b")])
-    assert list(tracks(runs, VALIDATION)) == [("a", "AdamW")]
+    early = result(falling(1.0), "pinn", diverged=True)  # before its first validation
+    runs = by_pair([run, result(falling(1.0), "b"), early, result(falling(1.0), "bowl", diverged=True)])
+    assert list(tracks(runs, VALIDATION)) == [("a", "AdamW"), ("pinn", "AdamW")]
+    assert tracks(runs, VALIDATION)["pinn", "AdamW"][0].final == math.inf
+    assert outcome(tracks(runs, VALIDATION)["pinn", "AdamW"], 1.0, []).diverged == 1
+    del runs["pinn", "AdamW"], runs["bowl", "AdamW"]
     assert list(tracks(runs, TRAINING)) == [("a", "AdamW"), ("b", "AdamW")]
 
 
@@ -98,8 +102,10 @@ def test_an_outcome_takes_medians_over_seeds():
     worse = [*runs[:1], *of(result(falling(3.0)), result(falling(1.0), diverged=True))]
     found = outcome(worse, 2.0, clock)
     assert (found.steps, found.loss, found.diverged, found.runs) == (math.inf, 3.0, 1, 3)
-    assert (found.lowest, found.highest) == (2.0, math.inf)
     assert not found.is_reached
+    assert not found.ends_below
+    lost = outcome(of(result([10.0, 1.0, *[5.0] * 8])), 2.0, clock)
+    assert (lost.is_reached, lost.ends_below) == (True, False)
 
 
 def test_a_summary_shows_the_penalty_and_what_it_hides():
@@ -108,10 +114,10 @@ def test_a_summary_shows_the_penalty_and_what_it_hides():
     slow = outcome(of(result(falling(3.0), seconds=12.0)), 2.0, clock)
     gone = outcome(of(result(falling(1.0), diverged=True)), 2.0, clock)
     summary = summarise([fast, slow, gone])
-    assert (summary.tasks, summary.reached) == (3, 1)
+    assert (summary.tasks, summary.reached, summary.ends_below) == (3, 1, 1)
     assert summary.steps == pytest.approx((0.2 * 2 * 2) ** (1 / 3))
     assert summary.seconds == pytest.approx((0.2 * 6 * 2) ** (1 / 3))
-    assert summary.steps_if_reached == summary.seconds_if_reached == pytest.approx(0.2)
+    assert math.isnan(summarise([outcome(of(result(falling(2.0, 2))), 2.0, [])]).seconds)  # no clock, no time
     assert summary.diverged == pytest.approx(1 / 3)
     assert math.isnan(summarise([]).steps)
     assert math.isnan(geometric_mean([]))
