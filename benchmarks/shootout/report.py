@@ -101,8 +101,8 @@ def _machine(environment: Mapping[str, Any]) -> str:
 
 def _untuned(results: Results) -> list[str]:
     parts = [
-        "One setting for all tasks. The peers' are the best of a few dozen candidates on the tasks to choose on, with "
-        f"a warm-up and a cosine where they want it; the goal is what `{ANCHOR}` ends at."
+        "One setting for all tasks. The peers' are the best of a few dozen candidates on the tasks to choose on; the "
+        f"goal is what `{ANCHOR}`, with a warm-up and a cosine, ends at."
     ]
     for aim in AIMS:
         goals = goal_of(ANCHOR)
@@ -131,7 +131,7 @@ def _tuned(results: Results) -> list[str]:
     parts += ["By split: tasks reached, and the geometric mean of the steps."]
     for aim in AIMS:
         parts += [f"**By {aim} loss**:", tables.by_split(results, aim, results.contenders, goal_of(REFERENCE))]
-    parts += ["The goal is the lowest final loss of all contenders but LODO:"]
+    parts += ["The goal is the lowest final loss of all contenders of this report but LODO:"]
     for aim in AIMS:
         goals = best_goal(results.peers)
         parts += [f"**By {aim} loss**:", tables.standing(results, aim, results.contenders, goals, results.tasks)]

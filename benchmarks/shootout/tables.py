@@ -273,5 +273,5 @@ def _values(space: Mapping[str, Any], values: Mapping[str, Any]) -> str:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             each = space.get(name)
             mark = "*" if isinstance(each, Range) and each.end_of(value) else ""
-            told.append(f"{name} {number(value, 3) if is_number else value}{mark}")
+            told.append(f"{name} {format(value, '.4g') if is_number else value}{mark}")
     return ", ".join(told)
