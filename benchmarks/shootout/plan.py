@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import source_hash
+from benchmarks.shootout.bootstrap import DRAWS
 from benchmarks.shootout.changes import CHANGES
 from benchmarks.shootout.contenders import (
     CLOCK,
@@ -66,7 +67,7 @@ class Plan:
     robust_seeds: int = 3
     steps: int | None = None
     redoes: bool = False
-    draws: int = 1000
+    draws: int = DRAWS
 
     @property
     def records_path(self) -> Path:

@@ -166,7 +166,8 @@ def run(job: Job, data_root: Path | None) -> Record:
     """Trains as `job` says, on one thread.
 
     A loss that is not finite ends the run there as diverged. One that ends above `DIVERGED` times the loss of standing
-    still has diverged too, and so has a LODO that skipped more than a tenth of its steps, since their numbers overflow.
+    still has diverged too, and so has a LODO that skipped more than a tenth of its steps, and more than `SKIPS`, since
+    their numbers overflow.
     """
     torch.set_num_threads(1)
     started, wall = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()

@@ -74,9 +74,13 @@ class Search:
         return self.count + max(0, len(scan) - self._unextended())
 
     def _unextended(self) -> int:
-        schedules = self.space["schedule"].options if "schedule" in self.space else (None,)  # type: ignore[union-attr]
         rates = grid(self._rate())
-        return len(rates) + (len(schedules) - 1) * len(rates[::2])
+        return len(rates) + (len(self._schedules()) - 1) * len(rates[::2])
+
+    def _schedules(self) -> tuple[str | None, ...]:
+        """None alone where there is no choice."""
+        schedule = self.space.get("schedule")
+        return schedule.options if isinstance(schedule, Choice) else (None,)
 
     def best(self, done: Sequence[Record]) -> list[Setting]:
         """The best settings, by each aim; one where they are the same."""
@@ -92,10 +96,9 @@ class Search:
     def _scanned(self, done: Sequence[Record]) -> list[Setting]:
         """Learning rates, with their schedule: for the first one all those of the range, for another every second one,
         and beyond as long as the best is at the end."""
-        schedules = self.space["schedule"].options if "schedule" in self.space else (None,)  # type: ignore[union-attr]
         found: list[Setting] = []
-        for schedule in schedules:
-            is_first = schedule == schedules[0]
+        for schedule in self._schedules():
+            is_first = not found
             rates, ratio = grid(self._rate())[:: 1 if is_first else 2], HALF_DECADE if is_first else DECADE
             most = len(rates) + (EXTENSIONS if is_first else OTHER_EXTENSIONS) if self.widens else 0
             own = done[len(found) :]
