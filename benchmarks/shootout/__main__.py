@@ -12,15 +12,14 @@ from pathlib import Path
 
 from benchmarks.shootout.bootstrap import DRAWS
 from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender
-from benchmarks.shootout.plan import Plan, untuned_pairs
-from benchmarks.shootout.running import CALIBRATE, CHANGE, FINAL, ROBUST, TUNE
+from benchmarks.shootout.jobs import left_out
+from benchmarks.shootout.plan import Plan
+from benchmarks.shootout.running import CALIBRATE, CHANGE, CONFIRM, FINAL, ROBUST, TUNE
 from benchmarks.shootout.sharing import work_on
 from benchmarks.shootout.tasks import SEALED_TASKS, TASKS, get_task
 
 REPORT = "report"
-STAGES = (TUNE, CALIBRATE, FINAL, ROBUST, CHANGE, REPORT)
-NATIVE = {"AdamW", "SGD", "L-BFGS", "AdamW, torch's defaults", "NAdamW, calibrated", "LODO", "LODO, tuned"}
-"""Contenders that need no pytorch_optimizer."""
+STAGES = (TUNE, CALIBRATE, CONFIRM, FINAL, ROBUST, CHANGE, REPORT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,9 +107,7 @@ def _check_packages(contenders: Sequence[str], stages: Sequence[str]) -> None:
     needed = {"matplotlib"} if REPORT in stages else set()
     needed |= {"optuna", "scipy"} if TUNE in stages else set()  # its Gaussian process needs it
     if set(stages) != {REPORT}:
-        needed |= {"sklearn"} | ({"pytorch_optimizer"} if set(contenders) - NATIVE else set())
-        # torch.einsum does without it, but then builds outer products of Kron's factors.
-        needed |= {"opt_einsum"} if "PSGD-Kron" in contenders else set()
+        needed |= {"sklearn", *(package for name in contenders for package in get_contender(name).packages)}
     if missing := sorted(name for name in needed if importlib.util.find_spec(name) is None):
         raise ValueError(f"{', '.join(missing)} must be installed: pip install -e '.[benchmarks]'")
 
@@ -128,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except ValueError as error:  # nothing to report on
                 sys.exit(str(error))
             continue
-        if stage in (FINAL, ROBUST) and (missing := untuned_pairs(plan, plan.load())):
-            print(f"{stage}: left out, for they are not tuned yet: {'; '.join(missing)}", file=sys.stderr)
+        if stage in (CONFIRM, FINAL, ROBUST) and (missing := left_out(plan, stage, plan.load())):
+            print(f"{stage}: left out, for their settings are not chosen yet: {'; '.join(missing)}", file=sys.stderr)
         try:
             work_on(plan, stage)
         except RuntimeError as error:

@@ -30,6 +30,7 @@ SCHEDULED = Choice(("warmup_cosine", "warmup"))
 TRIALS = 40  # of AdamW
 PEER_TRIALS = 24
 SEEDS, PEER_SEEDS = 5, 3  # final runs: of AdamW, of LODO and of what has one setting; of the other peers
+PACKAGE = ("pytorch_optimizer",)
 PLAIN_MOMENTUM = 1e6  # of torch's NAdam: its momentum does not warm up
 
 
@@ -42,6 +43,7 @@ class Contender:
         space: what is tuned, "schedule" among it; empty for a contender that is run as it is.
         trials: of the search.
         afterwards: options that are tried on top of the best settings when the search is done, since they cost much.
+        relative: a contender with candidates whose one setting is compared with the best trials.
         candidates: settings of which one is taken for all tasks; a contender has these, a space, or neither.
         schedule: where it is not searched.
         seeds: how many final runs it has on each task.
@@ -50,6 +52,7 @@ class Contender:
         needs_matrices: it does not apply where no matrix is to be trained.
         needs_exact_losses: it applies to deterministic tasks only.
         spares_vectors: its weight decay leaves vectors alone.
+        packages: what must be installed besides torch, by the names that they are imported under.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Contender:
     space: Space = field(default_factory=dict)
     trials: int = PEER_TRIALS
     afterwards: Options = field(default_factory=dict)
+    relative: str = ""
     candidates: Sequence[Options] = ()
     schedule: str = "constant"
     seeds: int = PEER_SEEDS
@@ -65,6 +69,7 @@ class Contender:
     needs_matrices: bool = False
     needs_exact_losses: bool = False
     spares_vectors: bool = False
+    packages: tuple[str, ...] = ()
 
     def applies_to(self, task: Task) -> bool:
         if self.needs_exact_losses and not task.is_deterministic:
@@ -224,7 +229,7 @@ _ADAM: Space = {
     "weight_decay": weight_decay(),
 }
 _ALL = (
-    Contender("AdamW", _adamw, _ADAM, TRIALS, seeds=SEEDS),
+    Contender("AdamW", _adamw, _ADAM, TRIALS, relative="NAdamW, calibrated", seeds=SEEDS),
     Contender(
         "SGD",
         _sgd,
@@ -248,6 +253,7 @@ _ALL = (
             "weight_decay": weight_decay(),
         },
         needs_matrices=True,
+        packages=PACKAGE,
     ),
     Contender(
         "SOAP",
@@ -260,6 +266,7 @@ _ALL = (
             "weight_decay": weight_decay(),
         },
         afterwards={"precondition_frequency": 1},
+        packages=PACKAGE,
     ),
     Contender(
         "PSGD-Kron",
@@ -271,6 +278,7 @@ _ALL = (
             "weight_decay": weight_decay(),
         },
         spares_vectors=True,
+        packages=(*PACKAGE, "opt_einsum"),  # without the latter torch.einsum builds outer products of the factors
     ),
     Contender(
         "Prodigy",
@@ -281,6 +289,8 @@ _ALL = (
             "beta2": second_decay(0.999),
             "weight_decay": weight_decay(),
         },
+        relative="Prodigy, calibrated",
+        packages=PACKAGE,
     ),
     Contender(
         "schedule-free AdamW",
@@ -291,7 +301,9 @@ _ALL = (
             "beta2": second_decay(0.999),
             "weight_decay": weight_decay(),
         },
+        relative="schedule-free AdamW, calibrated",
         is_averaging=True,
+        packages=PACKAGE,
     ),
     Contender(
         "AdEMAMix",
@@ -304,6 +316,7 @@ _ALL = (
             "alpha": Range(1.0, 10.0, 5.0, floor=0.1, ceiling=30.0),
             "weight_decay": weight_decay(),
         },
+        packages=PACKAGE,
     ),
     Contender(
         "L-BFGS",
@@ -322,9 +335,14 @@ _ALL = (
     ),
     Contender("NAdamW, calibrated", _adamw, candidates=_NADAMW, seeds=SEEDS),
     Contender(
-        "schedule-free AdamW, calibrated", _schedule_free, candidates=_SCHEDULE_FREE, seeds=SEEDS, is_averaging=True
+        "schedule-free AdamW, calibrated",
+        _schedule_free,
+        candidates=_SCHEDULE_FREE,
+        seeds=SEEDS,
+        is_averaging=True,
+        packages=PACKAGE,
     ),
-    Contender("Prodigy, calibrated", _prodigy, candidates=_PRODIGY, seeds=SEEDS),
+    Contender("Prodigy, calibrated", _prodigy, candidates=_PRODIGY, seeds=SEEDS, packages=PACKAGE),
     Contender("LODO", _lodo, seeds=SEEDS),
     Contender(
         "LODO, tuned",

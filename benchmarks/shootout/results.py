@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from benchmarks.shootout.contenders import CLOCK, REFERENCE, UNTUNED, get_contender
-from benchmarks.shootout.plan import Plan, change_jobs, final_jobs, robust_jobs
+from benchmarks.shootout.jobs import change_jobs, final_jobs, robust_jobs
+from benchmarks.shootout.plan import Plan
 from benchmarks.shootout.problem import TRAINING, VALIDATION
 from benchmarks.shootout.running import Record
 from benchmarks.shootout.scores import Goals, Outcome, Tracks, at_factors, by_pair, goal_of, outcomes, tracks

@@ -26,9 +26,10 @@ from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import FORMAT, SKIPS
 
 Record = dict[str, Any]
-TUNE, CALIBRATE, FINAL, ROBUST, CHANGE = "tune", "calibrate", "final", "robust", "change"
+TUNE, CALIBRATE, CONFIRM, FINAL, ROBUST, CHANGE = "tune", "calibrate", "confirm", "final", "robust", "change"
+CHOOSING = (TUNE, CALIBRATE, CONFIRM)  # stages of whose runs only the end matters
 POINTS = 100  # of a curve
-VALIDATIONS = 25  # of a run; trials are validated at their end alone
+VALIDATIONS = 25  # of a run; those that choose settings are validated at their end alone
 TAIL = 0.1  # the share of the steps, at the end, whose mean loss is the score; also the window of the curve
 DIVERGED = 2.0  # a run that ends above so many times the loss of standing still has diverged
 
@@ -38,7 +39,7 @@ class Job:
     """All that fixes a run, but for the machine.
 
     Attributes:
-        stage: "tune", "calibrate", "final", "robust" or "change".
+        stage: "tune", "calibrate", "confirm", "final", "robust" or "change".
         trial: its number in its search, or of its candidate; None for the other stages.
         factor: by which the learning rate among `hyperparameters` is off.
         version: of the task.
@@ -177,7 +178,7 @@ def run(job: Job, data_root: Path | None) -> Record:
     contender = get_contender(job.contender)
     optimizers = contender.make(problem, job.hyperparameters, job.seed, job.steps)
     curve, clock = Curve(job.steps), Clock()
-    validation = Validation(job.steps, 1 if job.stage in (TUNE, CALIBRATE) else VALIDATIONS)
+    validation = Validation(job.steps, 1 if job.stage in CHOOSING else VALIDATIONS)
     train = _train_by_closure if contender.uses_closure else _train
     diverged_at: int | None = None
     with warnings.catch_warnings():
@@ -197,7 +198,7 @@ def run(job: Job, data_root: Path | None) -> Record:
         "score": score if diverged_at is None else None,
         "diverged_at": diverged_at,
         "idle_loss": problem.idle_loss,
-        "curve": None if job.stage in (TUNE, CALIBRATE) else curve.as_json(),  # of a trial only the score matters
+        "curve": None if job.stage in CHOOSING else curve.as_json(),
         "validation": validation.as_json(),
         "seconds": clock.total,
         "optimizer_seconds": clock.optimizer,
@@ -214,6 +215,11 @@ def score_of(record: Record, aim: str = TRAINING) -> float:
         return math.inf
     loss = record["score"] if aim == TRAINING else record["validation"]["loss"][-1]
     return math.inf if loss is None else float(loss)
+
+
+def without_schedule(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a setting are the optimizer's own hyperparameters."""
+    return {name: value for name, value in setting.items() if name != "schedule"}
 
 
 def _train(

@@ -18,19 +18,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.shootout.choosing import calibration_jobs, confirmation_jobs
 from benchmarks.shootout.contenders import Contender, get_contender
-from benchmarks.shootout.plan import (
-    Plan,
-    calibration_jobs,
-    change_jobs,
-    final_jobs,
-    next_trial,
-    robust_jobs,
-    search_of,
-    trials,
-)
+from benchmarks.shootout.jobs import change_jobs, final_jobs, robust_jobs
+from benchmarks.shootout.plan import Plan, next_trial, search_of, trials
 from benchmarks.shootout.problem import Task
-from benchmarks.shootout.running import CALIBRATE, CHANGE, FINAL, TUNE, Job, Record, run
+from benchmarks.shootout.running import CALIBRATE, CHANGE, CONFIRM, FINAL, TUNE, Job, Record, run
 from benchmarks.shootout.tasks import get_task
 from examples.paper.runs import append_result, fcntl
 
@@ -65,6 +58,8 @@ def units(plan: Plan, stage: str, records: Sequence[Record]) -> list[Unit]:
     if stage == CALIBRATE:
         every = [job for name in plan.contenders for job in calibration_jobs(plan, get_contender(name))]
         jobs = [job for job in every if plan.data_root is not None or not get_task(job.task).needs_mnist]
+    elif stage == CONFIRM:
+        jobs = confirmation_jobs(plan, records)
     elif stage == CHANGE:
         jobs = [job for own in change_jobs(plan).values() for job in own]
     else:

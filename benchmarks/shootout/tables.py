@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.shootout.bootstrap import intervals
 from benchmarks.shootout.changes import CHANGES, NOTHING_CHANGED
+from benchmarks.shootout.choosing import choice
 from benchmarks.shootout.contenders import CLOCK, CONTENDERS, REFERENCE, UNTUNED, get_contender
-from benchmarks.shootout.plan import choice
 from benchmarks.shootout.problem import TRAINING, VALIDATION
 from benchmarks.shootout.results import AIMS, Results
 from benchmarks.shootout.scores import (

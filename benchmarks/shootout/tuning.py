@@ -1,4 +1,5 @@
-"""The searches: a scan of the learning rate with each schedule, the other choices, then Optuna's Gaussian process.
+"""The searches: a scan of the learning rate with each schedule, the other choices, then Optuna's Gaussian process, and
+a scan of the weight decay.
 
 A search has no state but its records. Trial k follows from the trials before it and from k alone, so a search that
 was killed goes on exactly as if it had not been. Where a task has held-out data there are two aims, the final training
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from benchmarks.shootout.problem import VALIDATION
 from benchmarks.shootout.running import DIVERGED, Record, score_of
 from benchmarks.shootout.spaces import HALF_DECADE, Choice, Range, Space, defaults, grid, widen
 
@@ -20,6 +22,7 @@ EXTENSIONS = 6  # further learning rates that the scan may try beyond its range 
 OTHER_EXTENSIONS = 3  # and with another one, where they are a decade apart, not half of one
 DECADE = 10.0  # on either side of the best learning rates, where the rest of the search has its own range
 WIDENINGS, WIDENED_TRIALS = 3, 5  # how often ranges are widened when a search is done, and the trials of each time
+DECAYS = 4  # weight decays of the last scan, half a decade apart up to the range's end
 TINY = 1e-300
 
 Setting = dict[str, Any]
@@ -34,7 +37,8 @@ class Search:
         aims: what is to be minimised.
         count: of the trials, before the scan or a range is widened.
         afterwards: options that are tried on top of the best settings at the end.
-        widens: the scan and the ranges go further where the best is at an end; not when somebody tries things out.
+        widens: the scan and the ranges go further where the best is at an end, and weight decay is scanned; not when
+            somebody tries things out.
     """
 
     task: str
@@ -133,8 +137,20 @@ class Search:
             if wider is None:
                 break
             space, wanted = dict(wider), wanted + WIDENED_TRIALS
-        is_over = bool(self.afterwards) and len(done) >= wanted
-        return space, wanted, [best | dict(self.afterwards) for best in self.best(done[:wanted])] if is_over else []
+        return space, wanted, self._at_last(done, wanted) if len(done) >= wanted else []
+
+    def _at_last(self, done: Sequence[Record], wanted: int) -> list[Setting]:
+        """Weight decays, on top of what validates best after the trials `wanted`: the process, which starts without
+        any and shares its trials between the aims, seldom finds its way there. Then what is tried afterwards."""
+        found: list[Setting] = []
+        decay = self.space.get("weight_decay")
+        if self.widens and isinstance(decay, Range) and VALIDATION in self.aims:
+            best = setting_of(min(done[:wanted], key=partial(score_of, aim=VALIDATION)), self.space)
+            found = [best | {"weight_decay": decay.high / HALF_DECADE**number} for number in reversed(range(DECAYS))]
+        so_far = wanted + len(found)
+        if self.afterwards and len(done) >= so_far:
+            found += [best | dict(self.afterwards) for best in self.best(done[:so_far])]
+        return found
 
 
 def setting_of(record: Record, space: Space) -> Setting:

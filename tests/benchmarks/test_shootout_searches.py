@@ -1,56 +1,21 @@
-"""The comparison on many tasks: searches, calibration, sharing, the command."""
+"""The comparison on many tasks: ranges and searches."""
 
-import gzip
 import itertools
 import json
 import math
-import multiprocessing
-import warnings
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
-import torch
 
-import lodo
-from benchmarks.shootout import __main__ as command
 from benchmarks.shootout import plan as planning
-from benchmarks.shootout import sharing, tuning
-from benchmarks.shootout.changes import CHANGES, EVERYWHERE, NOTHING_CHANGED
-from benchmarks.shootout.contenders import (
-    ANCHOR,
-    CLOCK,
-    CONTENDERS,
-    RECOMMENDED,
-    REFERENCE,
-    TUNED,
-    UNTUNED,
-    Contender,
-    get_contender,
-)
-from benchmarks.shootout.plan import (
-    CHANGE_SEED,
-    Plan,
-    calibration_jobs,
-    change_jobs,
-    choice,
-    final_jobs,
-    next_trial,
-    robust_jobs,
-    trials,
-)
-from benchmarks.shootout.problem import TRAINING, VALIDATION
-from benchmarks.shootout.report import write_report
+from benchmarks.shootout import tuning
+from benchmarks.shootout.choosing import choice
+from benchmarks.shootout.contenders import CONTENDERS, get_contender
+from benchmarks.shootout.plan import next_trial, trials
 from benchmarks.shootout.spaces import Choice, Range, grid, momentum, rate, second_decay, weight_decay, widen
-from benchmarks.shootout.tasks import SEALED_TASKS, TASKS, get_task
-from examples.paper.runs import append_result
-from tests.helpers.shootout_jobs import fake, job
-
-
-def plan(out, **changes):
-    fields = {"tasks": ["rosenbrock"], "contenders": ["AdamW", "LODO"], "trials": 4, "steps": 20, "seeds": 1}
-    return Plan(out=out, draws=20, **fields | changes)
-
+from benchmarks.shootout.tasks import get_task
+from tests.helpers.shootout_jobs import confirmed, fake, on_bowl, plan, searched
 
 # Ranges
 
@@ -93,20 +58,6 @@ def test_values_of_decays_and_of_what_can_be_off():
 
 
 # Searches
-
-
-def searched(a_plan, task, contender, records, stop=100, best=0.02):
-    """Makes a search's trials on a bowl in log lr instead of runs, and returns all jobs. Validation wants lr x 3."""
-    jobs = []
-    while len(jobs) < stop and (a_job := next_trial(a_plan, task, contender, records)):
-        jobs.append(a_job)
-        lr = a_job.hyperparameters["lr"]
-        harm = (a_job.schedule == "warmup_cosine") + 0.1 * a_job.hyperparameters.get("nesterov", 0)
-        for name, right in (("beta1", 0.1), ("beta2", 1e-2)):  # so that no end is the best
-            harm += 0.1 * math.log((1 - a_job.hyperparameters.get(name, 1 - right)) / right) ** 2
-        losses = [0.1 + math.log(lr / wanted) ** 2 + harm for wanted in (best, 3 * best)]
-        records.append(fake(a_job, None if lr > 5e2 else losses[0], losses[1]))
-    return jobs
 
 
 def test_a_search_scans_tries_choices_closes_in_and_resumes_exactly(tmp_path):
@@ -154,16 +105,22 @@ def test_a_scan_goes_on_where_the_best_rate_is_at_its_end(tmp_path, best, extend
     assert len(further) >= extended
     if best > 1e-6:
         assert min(abs(math.log(lr / best)) for lr in tried) < 0.5
+    confirmed(a_plan, task, contender, records, lambda each: on_bowl(each, best))
     assert choice(a_plan, task, contender, records) is not None
 
 
 def test_each_schedule_has_a_scan_of_its_own(tmp_path):
     """A constant rate may want another one by decades, as where the loss's minimum moves."""
     a_plan, task, contender, records = plan(tmp_path, trials=None), get_task("bowl"), get_contender("AdamW"), []
-    while a_job := next_trial(a_plan, task, contender, records):
+
+    def made(a_job):
         best = 1e3 if a_job.schedule == "warmup_cosine" else 0.5
         ends = 1.5 if a_job.schedule == "warmup_cosine" else 1.0
-        records.append(fake(a_job, ends + 0.1 * math.log(a_job.hyperparameters["lr"] / best) ** 2))
+        return fake(a_job, ends + 0.1 * math.log(a_job.hyperparameters["lr"] / best) ** 2)
+
+    while a_job := next_trial(a_plan, task, contender, records):
+        records.append(made(a_job))
+    confirmed(a_plan, task, contender, records, made)
     assert choice(a_plan, task, contender, records).schedule == "warmup"
     assert choice(a_plan, task, contender, records).hyperparameters["lr"] == pytest.approx(0.5, rel=0.5)
 
@@ -188,6 +145,32 @@ def test_a_search_whose_best_stands_at_an_end_goes_on_in_wider_ranges(tmp_path, 
     assert [search.is_done(records[:count]) for count in (23, 24, 28, 29)] == [False, False, False, True]
 
 
+def cheaper(share, a_job):
+    """A record whose loss the option that costs much lowers to this share."""
+    record = on_bowl(a_job)
+    return record | {"score": record["score"] * (share if "precondition_frequency" in a_job.hyperparameters else 1.0)}
+
+
+def test_weight_decay_is_scanned_on_top_of_what_validates_best(tmp_path):
+    a_plan, task, records = plan(tmp_path, trials=None), get_task("digits_mlp"), []
+    for name, high in (("AdamW", 1.0), ("SGD", 1e-2)):
+        contender = get_contender(name)
+        jobs = searched(a_plan, task, contender, records)
+        own = trials(a_plan, task, contender, records)
+        best = min(own[:-4], key=lambda record: record["validation"]["loss"][-1])["job"]
+        assert [each.hyperparameters["weight_decay"] for each in jobs[-4:]] == pytest.approx(
+            [high * 10 ** (-number / 2) for number in (3, 2, 1, 0)]
+        )
+        for each in jobs[-4:]:
+            assert (each.hyperparameters | {"weight_decay": 0}, each.schedule) == (
+                best["hyperparameters"] | {"weight_decay": 0},
+                best["schedule"],
+            )
+        search = planning.search_of(a_plan, task, contender)
+        for count in range(len(own) + 1):
+            assert search.is_done(own[:count]) == (count == len(own))
+
+
 def test_options_that_cost_much_are_tried_last_on_the_best_settings(tmp_path):
     a_plan, task, contender, records = plan(tmp_path, trials=None), get_task("rosenbrock"), get_contender("SOAP"), []
     jobs = searched(a_plan, task, contender, records)
@@ -201,382 +184,14 @@ def test_options_that_cost_much_are_tried_last_on_the_best_settings(tmp_path):
     search = planning.search_of(a_plan, task, contender)
     for count in range(len(records) + 1):
         assert search.is_done(records[:count]) == (next_trial(a_plan, task, contender, records[:count]) is None)
+    again = confirmed(a_plan, task, contender, records)
+    assert {"precondition_frequency" in each.hyperparameters for each in again} == {False, True}
     chosen = choice(a_plan, task, contender, records)
     assert chosen.hyperparameters == best["hyperparameters"]  # as good, but dearer
-    better = [*records[:-1], records[-1] | {"score": 0.98 * min(record["score"] for record in records)}]
-    assert choice(a_plan, task, contender, better).hyperparameters["precondition_frequency"] == 1
+    for share, is_taken in ((0.995, False), (0.98, True)):
+        own = records[: len(jobs)]
+        confirmed(a_plan, task, contender, own, partial(cheaper, share))
+        chosen = choice(a_plan, task, contender, own)
+        assert ("precondition_frequency" in chosen.hyperparameters) == is_taken
     assert len(trials(a_plan, task, contender, records)) == len(jobs)
     assert next_trial(a_plan, task, contender, records) is None
-
-
-def test_the_choice_is_the_best_trial_by_each_aim_and_waits_for_all(tmp_path):
-    a_plan, task, contender, records = plan(tmp_path, trials=20), get_task("rosenbrock"), get_contender("SGD"), []
-    a_plan = replace(a_plan, contenders=["SGD"])
-    searched(a_plan, task, contender, records, stop=19)
-    assert choice(a_plan, task, contender, records) is None
-    assert final_jobs(a_plan, records) == []
-    searched(a_plan, task, contender, records)
-    chosen = {aim: choice(a_plan, task, contender, records, aim) for aim in (TRAINING, VALIDATION)}
-    best = min(records, key=lambda record: record["score"])["job"]
-    assert (chosen[TRAINING].hyperparameters, chosen[TRAINING].schedule) == (best["hyperparameters"], best["schedule"])
-    assert chosen[VALIDATION].hyperparameters["lr"] > chosen[TRAINING].hyperparameters["lr"]
-    finals = final_jobs(a_plan, records)
-    assert [each.hyperparameters for each in finals] == [each.hyperparameters for each in chosen.values()]
-    assert final_jobs(a_plan, records, (VALIDATION,)) == finals[1:]
-    assert {(each.seed, each.stage) for each in finals} == {(0, "final")}
-    same = [fake_again(record, validation=record["score"]) for record in records]
-    assert len(final_jobs(a_plan, same)) == 1  # one setting is the best by both
-
-
-def fake_again(record, validation):
-    return record | {"validation": record["validation"] | {"loss": [validation]}}
-
-
-def test_a_search_needs_no_validation_where_there_is_none(tmp_path):
-    a_plan, task, contender, records = plan(tmp_path, tasks=["bowl"]), get_task("bowl"), get_contender("SGD"), []
-    searched(a_plan, task, contender, records)
-    assert all(record["validation"] is None for record in records)
-    a_plan = replace(a_plan, contenders=["SGD"])
-    assert len(final_jobs(a_plan, records)) == 1
-    assert final_jobs(a_plan, records, (VALIDATION,)) == []
-
-
-def test_seeds_are_the_contenders_own(tmp_path):
-    a_plan = plan(tmp_path, contenders=["LODO"], seeds=None)
-    assert [each.seed for each in final_jobs(a_plan, [])] == [0, 1, 2, 3, 4]
-    assert {name for name, each in CONTENDERS.items() if each.seeds == 5} >= {"AdamW", "LODO", ANCHOR}
-    assert get_contender("SOAP").seeds == 3
-
-
-def test_wrong_rates_are_those_of_the_reference_and_of_lodo(tmp_path):
-    a_plan, records = plan(tmp_path, contenders=["AdamW", "SGD", "LODO"]), []
-    for name in ("AdamW", "SGD"):
-        searched(a_plan, get_task("rosenbrock"), get_contender(name), records)
-    found = robust_jobs(a_plan, records)
-    assert {each.contender for each in found} == {REFERENCE, UNTUNED}
-    right = {each.contender: each.hyperparameters["lr"] for each in final_jobs(a_plan, records, (TRAINING,))}
-    ratios = {(each.contender, each.factor): each.hyperparameters["lr"] / right[each.contender] for each in found}
-    wanted = itertools.product(("AdamW", "LODO"), planning.FACTORS)
-    assert ratios == {(name, factor): pytest.approx(factor) for name, factor in wanted}
-
-
-def test_another_recommended_call_is_another_run_and_another_search(tmp_path):
-    before = plan(tmp_path, contenders=["LODO", "LODO, tuned"])
-    after = replace(before, recommended={**RECOMMENDED, "max_step_norm": 0.03})
-    task, tuned, records = get_task("rosenbrock"), get_contender(TUNED), []
-    searched(before, task, tuned, records)
-    assert choice(before, task, tuned, records) is not None
-    assert choice(after, task, tuned, records) is None
-    (one,) = final_jobs(replace(before, contenders=[UNTUNED]), [])
-    (other,) = final_jobs(replace(after, contenders=[UNTUNED]), [])
-    assert one.key != other.key
-    assert other.hyperparameters == {**RECOMMENDED, "max_step_norm": 0.03}
-    only_lr = replace(before, recommended={**RECOMMENDED, "lr": 1.0})
-    assert choice(only_lr, task, tuned, records) is not None  # what is searched anyway
-
-
-def test_runs_of_other_code_of_lodo_are_made_again_when_asked(tmp_path):
-    a_plan = plan(tmp_path, contenders=["LODO", "L-BFGS"], tasks=["pinn"], trials=5)
-    trials_ = []
-    searched(a_plan, get_task("pinn"), get_contender("L-BFGS"), trials_)
-    records = [fake(each, 1.0) for each in final_jobs(a_plan, trials_)]
-    for record in records:
-        append_result(a_plan.records_path, record | {"environment": {**record["environment"], "lodo_source": "old"}})
-    assert len(a_plan.load()) == 2
-    again = replace(a_plan, redoes=True)
-    assert [record["job"]["contender"] for record in again.load()] == ["L-BFGS"]
-    ours = next(record for record in records if record["job"]["contender"] == "LODO")
-    append_result(a_plan.records_path, ours | {"score": 0.5})
-    assert {record["job"]["contender"]: record["score"] for record in again.load()}["LODO"] == 0.5
-    assert len(again.load()) == len(a_plan.load()) == 2  # of each run the last record counts
-
-
-# Calibration
-
-
-def two_candidates():
-    return Contender("two", lambda *_: [], candidates=[{"schedule": "warmup", "lr": lr} for lr in (1.0, 2.0, 3.0)])
-
-
-@pytest.fixture
-def calibration(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONTENDERS, "two", two_candidates())
-    a_plan = plan(tmp_path, contenders=["two"], trials=None)
-    return a_plan, calibration_jobs(a_plan, get_contender("two"))
-
-
-def test_candidates_run_on_the_tasks_to_choose_on_whatever_the_plans_tasks(calibration):
-    a_plan, jobs = calibration
-    assert {each.task for each in jobs} == {name for name, task in TASKS.items() if task.split == "choose"}
-    assert len(jobs) == 8 * 3
-    assert {(each.stage, each.schedule, each.seed) for each in jobs} == {("calibrate", "warmup", planning.TUNING_SEED)}
-    assert {name for name, each in CONTENDERS.items() if each.candidates} >= {ANCHOR, "Prodigy, calibrated"}
-    assert calibration_jobs(a_plan, get_contender("AdamW, torch's defaults")) == []  # nothing to choose
-
-
-def test_the_calibrated_setting_has_the_lowest_mean_of_capped_ratios(calibration):
-    a_plan, jobs = calibration
-    two, task = get_contender("two"), get_task("rosenbrock")
-
-    def scores(job):
-        """1 is far the best on one task, 2 by a factor of 1.5 on all others; 3 diverges on one."""
-        lr = job.hyperparameters["lr"]
-        if job.task == "pinn":
-            return {1.0: 1e-9, 2.0: 1.0, 3.0: None}[lr]
-        return {1.0: 1.5, 2.0: 1.0, 3.0: 1.0}[lr]
-
-    records = [fake(each, scores(each), 1.0 if each.hyperparameters["lr"] == 3 else 2.0) for each in jobs]
-    assert choice(a_plan, task, two, records[:-1]) is None
-    assert choice(a_plan, task, two, records).hyperparameters == {"lr": 2.0}  # 1.5^7 > 10
-    assert choice(a_plan, task, two, records, VALIDATION).hyperparameters == {"lr": 3.0}
-    assert [each.schedule for each in final_jobs(a_plan, records)] == ["warmup", "warmup"]
-    fewer = replace(a_plan, trials=2)
-    assert {each.hyperparameters["lr"] for each in calibration_jobs(fewer, two)} == {1.0, 2.0}
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"steps": 21}, {"schedule": "warmup"}, {"version": 2}, {"factor": 10.0}]
-)
-def test_every_field_is_part_of_the_key(change):
-    assert replace(job(), **change).key != job().key
-    assert job(hyperparameters={"lr": 1.0}).key != job(hyperparameters={"lr": 2.0}).key
-    assert job(hyperparameters={"lr": 1.0, "a": 2.0}).key == job(hyperparameters={"a": 2.0, "lr": 1.0}).key
-
-
-# Sharing
-
-
-def test_runs_that_are_there_are_not_made_again_and_a_torn_line_is(tmp_path, monkeypatch, capsys):
-    a_plan = plan(tmp_path, contenders=["AdamW", "LODO"], trials=2)
-    made = []
-    monkeypatch.setattr(sharing, "run", lambda a_job, root: made.append(a_job) or fake(a_job, 1.0))
-    sharing.work_on(a_plan, "tune")
-    sharing.work_on(a_plan, "final")
-    assert len(made) == 2 + 1 + 1  # by either aim AdamW's best setting is the same, so one final run serves both
-    whole = a_plan.records_path.read_bytes()
-    a_plan.records_path.write_bytes(whole[:-50])
-    sharing.work_on(a_plan, "tune")
-    sharing.work_on(a_plan, "final")
-    assert len(made) == 5
-    assert made[-1].key == made[-2].key
-    assert {record["key"] for record in a_plan.load()} == {each.key for each in made}
-    assert "cut off" in capsys.readouterr().err
-
-
-def test_a_claimed_unit_is_left_to_its_owner(tmp_path, monkeypatch):
-    a_plan = plan(tmp_path, contenders=["LODO"], seeds=2)
-    first, second = final_jobs(a_plan, [])
-    made = []
-    monkeypatch.setattr(sharing, "run", lambda a_job, root: made.append(a_job) or fake(a_job, 1.0))
-    with sharing.claim(tmp_path / "claims", first.key) as is_ours:
-        assert is_ours
-
-        def owner_ends(seconds):
-            append_result(a_plan.records_path, fake(first, 1.0))
-
-        monkeypatch.setattr(sharing.time, "sleep", owner_ends)
-        assert sharing.work(a_plan, "final") == 0
-    assert made == [second]
-
-
-def _hold(folder, ready):
-    with sharing.claim(folder, "unit"):
-        ready.set()
-        ready.wait(60)
-        while True:
-            pass
-
-
-def test_a_claim_ends_with_its_process(tmp_path):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child only holds a lock
-        process = context.Process(target=_hold, args=(tmp_path, ready))
-        process.start()
-    assert ready.wait(30)
-    with sharing.claim(tmp_path, "unit") as is_ours:
-        assert not is_ours
-    process.kill()
-    process.join()
-    with sharing.claim(tmp_path, "unit") as is_ours:
-        assert is_ours
-
-
-def test_a_command_outlives_its_shell_and_a_worker_not_its_command(tmp_path, monkeypatch):
-    a_plan = plan(tmp_path, contenders=["LODO"], seeds=3)
-    parents, made = iter(range(100, 200)), []
-    monkeypatch.setattr(sharing.os, "getppid", lambda: next(parents))  # another one each time it is asked for
-    monkeypatch.setattr(sharing, "run", lambda a_job, root: made.append(a_job) or fake(a_job, 1.0))
-    assert sharing.work(a_plan, "final", parent=99) == 0
-    assert made == []
-    sharing.work_on(a_plan, "final")
-    assert len(made) == 3
-
-
-def test_records_of_another_protocol_do_not_count(tmp_path):
-    a_plan = plan(tmp_path, contenders=["SGD"], trials=4)
-    task, sgd, records = get_task("rosenbrock"), get_contender("SGD"), []
-    searched(a_plan, task, sgd, records)
-    old = records[1]["job"]
-    old = {**old, "hyperparameters": {key: old["hyperparameters"][key] for key in ("lr", "momentum")}}
-    assert len(trials(a_plan, task, sgd, [records[0], {**records[1], "job": old}, *records[2:]])) == 1
-    without = {key: value for key, value in records[0].items() if key != "validation"}
-    append_result(a_plan.records_path, without)
-    assert a_plan.load() == []
-
-
-def test_a_proposal_that_raises_takes_no_other_with_it(tmp_path, monkeypatch):
-    a_plan = plan(tmp_path, contenders=["SGD"], tasks=["bowl", "rosenbrock"], trials=14)
-    suggest = tuning.suggest
-
-    def failing(space, aims, done, seed):
-        if done[0]["job"]["task"] == "bowl":
-            raise RuntimeError("singular")
-        return suggest(space, aims, done, seed)
-
-    monkeypatch.setattr(tuning, "suggest", failing)
-    monkeypatch.setattr(sharing, "run", lambda a_job, root: fake(a_job, 1.0))
-    with pytest.raises(RuntimeError, match="1 units of the stage 'tune' failed"):
-        sharing.work_on(a_plan, "tune")
-    assert choice(a_plan, get_task("rosenbrock"), get_contender("SGD"), a_plan.load()) is not None
-
-
-def test_a_run_that_raises_takes_no_other_with_it(tmp_path, monkeypatch):
-    a_plan = plan(tmp_path, contenders=["LODO"], tasks=["bowl", "rosenbrock"])
-
-    def failing(a_job, root):
-        if a_job.task == "bowl":
-            raise RuntimeError("no memory")
-        return fake(a_job, 1.0)
-
-    monkeypatch.setattr(sharing, "run", failing)
-    with pytest.raises(RuntimeError, match="1 units of the stage 'final' failed"):
-        sharing.work_on(a_plan, "final")
-    assert [record["job"]["task"] for record in a_plan.load()] == ["rosenbrock"]
-
-
-def test_changes_are_made_one_at_a_time_at_a_seed_of_their_own(tmp_path):
-    jobs = change_jobs(plan(tmp_path, tasks=["rosenbrock", "pinn"]))
-    assert list(jobs) == list(CHANGES)
-    for name, own in jobs.items():
-        assert {each.task for each in own} == {"pinn"} | (
-            {"rosenbrock"} if CHANGES[name].splits == EVERYWHERE else set()
-        )
-        for each in own:
-            assert (each.seed, each.contender, each.steps) == (CHANGE_SEED, UNTUNED, 20)
-            kept = {key: value for key, value in RECOMMENDED.items() if key not in CHANGES[name].options}
-            changed = {key: value for key, value in CHANGES[name].options.items() if value is not None}
-            assert each.hyperparameters == {**kept, **changed}
-            lodo.LODO([torch.ones(2, 2, requires_grad=True)], **each.hyperparameters)
-    assert len({each.key for own in jobs.values() for each in own}) == sum(map(len, jobs.values()))
-    assert jobs[NOTHING_CHANGED][0].hyperparameters == RECOMMENDED
-    assert not any(change_jobs(plan(tmp_path, contenders=["AdamW"])).values())
-
-
-def test_reports_say_where_runs_are_of_different_code(tmp_path):
-    a_plan = plan(tmp_path, contenders=["LODO"], seeds=2)
-    records = [fake(each, 1.0) for each in final_jobs(a_plan, [])]
-    records[1]["environment"] = {**records[1]["environment"], "lodo_source": "another"}
-    for record in records:
-        append_result(a_plan.records_path, record)
-    assert "**LODO's runs are of different code**: " in write_report(a_plan).read_text()
-
-
-# The command
-
-
-def test_the_command_runs_all_stages_and_reports_from_records_alone(tmp_path, capsys):
-    tasks = "rosenbrock,mnist_mlp,pinn"
-    contenders = f"AdamW;L-BFGS;{CLOCK};{ANCHOR};LODO"
-    arguments = ["--tasks", tasks, "--contenders", contenders, "--trials", "2", "--steps", "12"]
-    arguments += ["--out", str(tmp_path), "--seeds", "1", "--draws", "20"]
-    command.main(arguments)
-    printed = capsys.readouterr().err
-    assert "mnist_mlp is skipped: it needs --data-root" in printed
-    records = plan(tmp_path).load()
-    changes = len(CHANGES) + sum(change.splits == EVERYWHERE for change in CHANGES.values())
-    finals = [record for record in records if record["job"]["stage"] == "final"]
-    assert 7 <= len(finals) <= 10  # of two tasks, by one or two settings of what is tuned; L-BFGS has one task
-    calibration = 2 * 6  # candidates on those tasks to choose on that need no MNIST: it is not finished without
-    wrong = 4 * 2 * 2 * 3  # learning rates, contenders, tasks, seeds
-    assert (
-        len(records) == 3 * 2 + len(finals) + calibration + wrong + changes
-    )  # pinn is to choose on, rosenbrock is not
-    assert f"not tuned yet: {ANCHOR} on rosenbrock; {ANCHOR} on pinn" in printed
-    text = (tmp_path / "report.md").read_text()
-    for part in (
-        "Without tuning",
-        "Tuned on every task",
-        "When the learning rate is wrong",
-        "Which goals untuned LODO reaches",
-        "Whether AdamW was tuned well enough",
-        "With one thing changed",
-        "`scale_lr=0.1`",
-        "held out",
-        "By validation loss",
-        "rosenbrock",
-        "lr x 100",
-        "of 2",
-        "optuna",
-    ):
-        assert part in text
-    assert "nan" not in text
-    assert "inf" not in text.replace("informed", "")
-    for name in ("profile_untuned", "profile_tuned", "robustness", "curves_rosenbrock", "curves_pinn"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000
-        assert f"({name}.png)" in text
-    command.main([*arguments, "--stages", "report"])
-    assert "**Not run**: mnist_mlp." in (tmp_path / "report.md").read_text()
-    assert "of different code" not in (tmp_path / "report.md").read_text()
-    assert len(plan(tmp_path).load()) == len(records)
-    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "runs.jsonl").read_bytes()))
-    (tmp_path / "runs.jsonl").unlink()
-    command.main(arguments)  # makes nothing anew
-    assert not (tmp_path / "runs.jsonl").exists()
-    assert plan(tmp_path).load() == records
-    with pytest.raises(ValueError, match="no final run for these settings"):
-        write_report(plan(tmp_path, steps=13))
-    with pytest.raises(SystemExit, match="no final run for these settings"):
-        command.main([*arguments, "--stages", "report", "--lodo", '{"lr": 0.5}', "--contenders", "LODO"])
-
-
-def test_final_runs_of_what_is_not_tuned_are_left_out_aloud(tmp_path, capsys):
-    command.main(["--tasks", "rosenbrock", "--contenders", "SGD", "--stages", "final", "--out", str(tmp_path)])
-    assert "not tuned yet: SGD on rosenbrock" in capsys.readouterr().err
-    assert not (tmp_path / "runs.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "nonsense"], "task must be one of"),
-        (["--contenders", "nonsense"], "contender must be one of"),
-        (["--stages", "tune,cook"], "--stages must be of tune, calibrate, final, robust, change, report, got cook"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
-        (["--lodo", "[1]"], "--lodo must be a JSON object"),
-        (["--lodo", "{"], "--lodo must be JSON"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        command.parse(arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_options_of_lodo_come_from_the_command_line():
-    a_plan, _ = command.parse(["--lodo", '{"lr": 0.5, "depth": null}', "--data-root", "."])
-    assert a_plan.recommended == {**{k: v for k, v in RECOMMENDED.items() if k != "depth"}, "lr": 0.5}
-    assert a_plan.data_root == Path(".")
-    assert list(a_plan.tasks) == list(TASKS)
-    assert (a_plan.seeds, a_plan.redoes) == (None, False)
-    assert command.parse(["--redo", "--seeds", "2", "--data-root", "."])[0].redoes
-
-
-def test_sealed_tasks_open_only_when_asked():
-    name = next(iter(SEALED_TASKS))
-    with pytest.raises(ValueError, match=f"the task {name!r} is sealed"):
-        command._plan(command._parser().parse_args(["--tasks", name]), ["report"])
-    a_plan, _ = command.parse(["--sealed", "--data-root", "."])
-    assert list(a_plan.tasks) == list(SEALED_TASKS)
-    assert not set(TASKS) & set(SEALED_TASKS)

@@ -1,13 +1,21 @@
 """Runs for the tests of the comparison on many tasks."""
 
 import json
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 
 from benchmarks.environment import environment
+from benchmarks.shootout.choosing import confirmation_jobs
 from benchmarks.shootout.contenders import RECOMMENDED, fixed_options, get_contender
-from benchmarks.shootout.running import TUNE, Job
+from benchmarks.shootout.plan import Plan, next_trial
+from benchmarks.shootout.running import CHOOSING, Job
 from benchmarks.shootout.spaces import defaults as defaults_of
 from benchmarks.shootout.tasks import get_task
+
+
+def plan(out, **changes):
+    fields = {"tasks": ["rosenbrock"], "contenders": ["AdamW", "LODO"], "trials": 4, "steps": 20, "seeds": 1}
+    return Plan(out=out, draws=20, **fields | changes)
 
 
 def defaults(name, task="rosenbrock"):
@@ -34,10 +42,43 @@ def fake(a_job, score, validation=None):
         "key": a_job.key,
         "job": json.loads(json.dumps(asdict(a_job))),
         "score": score,
-        "curve": None if a_job.stage == TUNE else {"step": at, "seconds": seconds, "loss": [score or 9.0] * steps},
+        "curve": None if a_job.stage in CHOOSING else {"step": at, "seconds": seconds, "loss": [score or 9.0] * steps},
         "validation": held_out if get_task(a_job.task).is_validated else None,
         "idle_loss": 9.0,
         "seconds": steps / 100,
         "optimizer_seconds": steps / 300,
         "environment": environment(),
     }
+
+
+def on_bowl(a_job, best=0.02):
+    """A record of losses that are a bowl in log lr, instead of a run. Validation wants lr x 3."""
+    lr = a_job.hyperparameters["lr"]
+    harm = (a_job.schedule == "warmup_cosine") + 0.1 * a_job.hyperparameters.get("nesterov", 0)
+    for name, right in (("beta1", 0.1), ("beta2", 1e-2)):  # so that no end is the best
+        harm += 0.1 * math.log((1 - a_job.hyperparameters.get(name, 1 - right)) / right) ** 2
+    losses = [0.1 + math.log(lr / wanted) ** 2 + harm for wanted in (best, 3 * best)]
+    return fake(a_job, None if lr > 5e2 else losses[0], losses[1])
+
+
+def searched(a_plan, task, contender, records, stop=100, best=0.02):
+    """Makes a search's trials on a bowl, and returns all jobs."""
+    jobs = []
+    while len(jobs) < stop and (a_job := next_trial(a_plan, task, contender, records)):
+        jobs.append(a_job)
+        records.append(on_bowl(a_job, best))
+    return jobs
+
+
+def confirmed(a_plan, task, contender, records, make=on_bowl):
+    """Makes the runs of a search's best trials at further seeds, and returns their jobs."""
+    jobs = confirmation_jobs(replace(a_plan, tasks=[task.name], contenders=[contender.name]), records)
+    records.extend(make(each) for each in jobs)
+    return jobs
+
+
+def settled(a_plan, task, contender, records):
+    """Makes all that a choice waits for, and returns the trials."""
+    jobs = searched(a_plan, task, contender, records)
+    confirmed(a_plan, task, contender, records)
+    return jobs
