@@ -2,7 +2,8 @@
 few candidates for all tasks.
 
 The lowest of dozens of losses at one seed is in part luck, above all where few held-out data are noisy. So the best
-trials run again at `CONFIRMING_SEEDS`, where none of them was chosen, and these runs alone decide.
+trials run again at two of the `CONFIRMING_SEEDS`, where none of them was chosen, then the best of these at two more,
+and these runs alone decide.
 """
 
 import math
@@ -19,6 +20,7 @@ from benchmarks.shootout.running import CALIBRATE, CONFIRM, Job, Record, score_o
 from benchmarks.shootout.tasks import TASKS, get_task
 
 CONFIRMED = {TRAINING: 3, VALIDATION: 5}  # trials that run again for each aim; training losses are means, less noisy
+FINALISTS = 2  # of these, that run once more
 GAIN = 0.01
 WORST = 10.0  # times the lowest loss on a task, that a candidate for all tasks may lose there
 TINY = 1e-300
@@ -38,29 +40,58 @@ def choice(
     """The setting of the final runs for an aim; None while that is not known yet.
 
     Of a searched contender that with the lowest geometric mean of the losses at the confirming seeds. An option that
-    costs much is taken only if the loss is lower by more than the share `GAIN`. Where every trial diverged it is the
+    costs much is taken only if it lowers the loss by more than the share `GAIN`. Where every trial diverged it is the
     first one.
     """
     if contender.candidates:
         return calibrated(plan, contender, records, aim)
     if not contender.space:
         return Chosen(fixed_options(contender.name, plan.recommended), contender.schedule)
+    rounds = _rounds(plan, task, contender, records, aim)
+    if rounds is None:
+        return None
+    return rounds[-1][0] if len(rounds[-1]) == 1 else None
+
+
+def _rounds(
+    plan: Plan, task: Task, contender: Contender, records: Sequence[Record], aim: str
+) -> list[list[Chosen]] | None:
+    """Who runs at the first of the confirming seeds, who of these at the next, and so on, up to the round whose runs
+    are missing, or to the one that is chosen. None while the search is not done."""
     found = shortlist(plan, task, contender, records, aim)
     if found is None:
         return None
-    if len(found) == 1:
-        return found[0]
-    by_key = {record["key"]: record for record in records if record["job"]["stage"] == CONFIRM}
-    losses = [
-        [by_key[job.key] for job in _at_seeds(plan, task, contender, chosen) if job.key in by_key] for chosen in found
-    ]
-    if any(len(own) < len(CONFIRMING_SEEDS) for own in losses):
+    rounds, by_key = [found], {record["key"]: record for record in records if record["job"]["stage"] == CONFIRM}
+    seeds: tuple[int, ...] = ()
+    for number, more in enumerate(CONFIRMING_SEEDS):
+        if len(rounds[-1]) == 1:
+            break
+        seeds += more
+        costs = [_cost(plan, task, contender, chosen, seeds, by_key, aim) for chosen in rounds[-1]]
+        known = [(cost, place) for place, cost in enumerate(costs) if cost is not None]
+        if len(known) < len(costs):
+            break
+        is_last = number == len(CONFIRMING_SEEDS) - 1
+        rounds.append([rounds[-1][place] for _, place in sorted(known)[: 1 if is_last else FINALISTS]])
+    return rounds
+
+
+def _cost(
+    plan: Plan,
+    task: Task,
+    contender: Contender,
+    chosen: Chosen,
+    seeds: Sequence[int],
+    by_key: Mapping[str, Record],
+    aim: str,
+) -> float | None:
+    """The mean logarithm of the losses at some seeds, with a handicap for options that cost much; None if some run is
+    missing."""
+    keys = [job.key for job in _at_seeds(plan, task, contender, chosen, seeds)]
+    if any(key not in by_key for key in keys):
         return None
-    costs = [fmean(math.log(max(score_of(record, aim), TINY)) for record in own) for own in losses]
-    for number, chosen in enumerate(found):
-        if contender.afterwards.keys() & chosen.hyperparameters.keys():
-            costs[number] -= math.log(1 - GAIN)
-    return found[costs.index(min(costs))]
+    cost = fmean(math.log(max(score_of(by_key[key], aim), TINY)) for key in keys)
+    return cost - math.log(1 - GAIN) if contender.afterwards.keys() & chosen.hyperparameters.keys() else cost
 
 
 def shortlist(plan: Plan, task: Task, contender: Contender, records: Sequence[Record], aim: str) -> list[Chosen] | None:
@@ -80,20 +111,22 @@ def shortlist(plan: Plan, task: Task, contender: Contender, records: Sequence[Re
 
 
 def confirmation_jobs(plan: Plan, records: Sequence[Record]) -> list[Job]:
-    """The runs of all shortlists at the confirming seeds, for pairs whose search is done; each once."""
+    """The runs of all shortlists at the first of the confirming seeds, and of the best of these at the next, as far as
+    they are known; each once."""
     jobs = [
         job
         for task, contender in plan.pairs()
         if contender.space
         for aim in task.aims
-        if len(found := shortlist(plan, task, contender, records, aim) or []) > 1
+        for found, seeds in zip(_rounds(plan, task, contender, records, aim) or [], CONFIRMING_SEEDS, strict=False)
+        if len(found) > 1
         for chosen in found
-        for job in _at_seeds(plan, task, contender, chosen)
+        for job in _at_seeds(plan, task, contender, chosen, seeds)
     ]
     return list({job.key: job for job in jobs}.values())
 
 
-def _at_seeds(plan: Plan, task: Task, contender: Contender, chosen: Chosen) -> list[Job]:
+def _at_seeds(plan: Plan, task: Task, contender: Contender, chosen: Chosen, seeds: Sequence[int]) -> list[Job]:
     return [
         Job(
             stage=CONFIRM,
@@ -105,7 +138,7 @@ def _at_seeds(plan: Plan, task: Task, contender: Contender, chosen: Chosen) -> l
             steps=plan.steps_of(task),
             version=task.version,
         )
-        for seed in CONFIRMING_SEEDS
+        for seed in seeds
     ]
 
 

@@ -31,8 +31,8 @@ TUNING_SEED = SELECTING
 """Of all trials and of the candidates for all tasks: on the same batches they differ by their settings alone."""
 CHANGE_SEED = SELECTING + 1
 """Of the runs with one thing changed, by which defaults may be chosen."""
-CONFIRMING_SEEDS = (SELECTING + 2, SELECTING + 3)
-"""Of the runs that choose among the best trials."""
+CONFIRMING_SEEDS = ((SELECTING + 2, SELECTING + 3), (SELECTING + 4, SELECTING + 5))
+"""Of the runs that choose among the best trials, and of those that choose among the best of these."""
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,10 @@ def work(plan: Plan, stage: str, parent: int | None = None) -> int:
             command itself outlives its parent, the shell that it may have been left behind by.
     """
     torch.set_num_threads(1)  # of what proposes settings, as of the runs
-    own = units(plan, stage, plan.load())
     failed: set[str] = set()
     while True:
         records = plan.load()
-        left = [unit for unit in own if unit.name not in failed and not unit.is_done(records)]
+        left = [unit for unit in units(plan, stage, records) if unit.name not in failed and not unit.is_done(records)]
         if not left or _is_orphan(parent):
             return len(failed)
         was_busy = False

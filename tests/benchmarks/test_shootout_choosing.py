@@ -39,8 +39,10 @@ def test_the_best_trials_run_again_at_further_seeds_which_alone_choose(tmp_path)
     assert left_out(a_plan, CONFIRM, records) == left_out(a_plan, FINAL, records) == ["SGD on rosenbrock"]
     searched(a_plan, task, contender, records)
     again = confirmation_jobs(a_plan, records)
-    assert {each.seed for each in again} == set(CONFIRMING_SEEDS)
-    assert not {each.seed for each in again} & {planning.TUNING_SEED, CHANGE_SEED, *range(SELECTING)}
+    assert {each.seed for each in again} == set(CONFIRMING_SEEDS[0])
+    every = [planning.TUNING_SEED, CHANGE_SEED, *itertools.chain(*CONFIRMING_SEEDS)]
+    assert len(set(every)) == len(every)
+    assert min(every) >= SELECTING
     assert {(each.stage, each.contender, each.task, each.trial) for each in again} == {
         ("confirm", "SGD", "rosenbrock", None)
     }
@@ -62,12 +64,17 @@ def test_the_best_trials_run_again_at_further_seeds_which_alone_choose(tmp_path)
         ]
         return fake(each, *losses)
 
+    first = [made(each) for each in again]
+    assert choice(a_plan, task, contender, [*records, *first]) is None
+    once_more = [each for each in confirmation_jobs(a_plan, [*records, *first]) if each not in again]
+    assert {each.seed for each in once_more} == set(CONFIRMING_SEEDS[1])
+    assert len(once_more) == 2 * len({str(each.hyperparameters) + each.schedule for each in once_more}) <= 2 * 4
+    assert choice(a_plan, task, contender, [*records, *first, *map(made, once_more[:-1])], VALIDATION) is None
     confirmed(a_plan, task, contender, records, made)
     chosen = {aim: choice(a_plan, task, contender, records, aim) for aim in (TRAINING, VALIDATION)}
     for aim, number in ((TRAINING, 1), (VALIDATION, 3)):
         wanted = best[aim][number]
         assert (chosen[aim].hyperparameters, chosen[aim].schedule) == (wanted["hyperparameters"], wanted["schedule"])
-        assert choice(a_plan, task, contender, records[:-1], aim) is None or aim == TRAINING
     assert left_out(a_plan, FINAL, records) == []
     finals = final_jobs(a_plan, records)
     assert [each.hyperparameters for each in finals] == [each.hyperparameters for each in chosen.values()]
@@ -84,13 +91,30 @@ def test_one_setting_that_is_the_best_by_both_aims_runs_once(tmp_path):
     assert len(final_jobs(a_plan, records)) == 1
 
 
+def test_the_second_round_has_a_say_as_the_first_has(tmp_path):
+    """Of the two best of the first round the better one over both wins."""
+    a_plan, task, contender, records = plan(tmp_path), get_task("bowl"), get_contender("SGD"), []
+    searched(a_plan, task, contender, records)
+    order = [each["job"]["hyperparameters"] for each in sorted(records, key=score_of)]
+
+    def made(each):
+        place = order.index(each.hyperparameters)
+        is_first = each.seed in CONFIRMING_SEEDS[0]
+        return fake(
+            each, {0: 1.0 if is_first else 4.0, 1: 1.5 if is_first else 2.0}.get(place, 1.6 if is_first else 1e-3)
+        )
+
+    confirmed(a_plan, task, contender, records, made)
+    assert choice(a_plan, task, contender, records).hyperparameters == order[1]
+
+
 def test_a_setting_that_diverges_at_one_of_the_further_seeds_is_not_chosen(tmp_path):
     a_plan, task, contender, records = plan(tmp_path), get_task("bowl"), get_contender("SGD"), []
     searched(a_plan, task, contender, records)
     best = min(records, key=lambda record: record["score"])["job"]["hyperparameters"]
 
     def made(each):
-        gone = each.hyperparameters == best and each.seed == CONFIRMING_SEEDS[-1]
+        gone = each.hyperparameters == best and each.seed == CONFIRMING_SEEDS[-1][-1]
         return fake(each, None) if gone else on_bowl(each)
 
     confirmed(a_plan, task, contender, records, made)

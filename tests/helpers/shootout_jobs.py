@@ -72,9 +72,11 @@ def searched(a_plan, task, contender, records, stop=100, best=0.02):
 
 def confirmed(a_plan, task, contender, records, make=on_bowl):
     """Makes the runs of a search's best trials at further seeds, and returns their jobs."""
-    jobs = confirmation_jobs(replace(a_plan, tasks=[task.name], contenders=[contender.name]), records)
-    records.extend(make(each) for each in jobs)
-    return jobs
+    a_plan, made = replace(a_plan, tasks=[task.name], contenders=[contender.name]), []
+    while new := [job for job in confirmation_jobs(a_plan, records) if job not in made]:
+        records.extend(make(each) for each in new)
+        made += new
+    return made
 
 
 def settled(a_plan, task, contender, records):
