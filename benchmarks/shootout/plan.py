@@ -87,10 +87,10 @@ class Plan:
         return range(self.seeds or contender.seeds)
 
     def load(self) -> list[Record]:
-        """The records in the file, and in a packed one beside it (.gz), to which nothing is added; of each run the last
+        """The records in the file, and in a packed one beside it (.xz), to which nothing is added; of each run the last
         one."""
         path = self.records_path
-        found = [*read_results(path.with_name(path.name + ".gz")), *read_results(path)]
+        found = [*read_results(path.with_name(path.name + ".xz")), *read_results(path)]
         latest = {record["key"]: record for record in found}.values()
         own = [record for record in latest if "validation" in record]  # others are of a protocol before this one
         return [record for record in own if not (self.redoes and is_outdated(record))]

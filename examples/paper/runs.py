@@ -1,9 +1,9 @@
 """Training runs: one job, its result as one JSON line, and many of them over worker processes, resumable."""
 
-import gzip
 import hashlib
 import importlib
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -308,7 +308,7 @@ def environment(place: Place, task: Task) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results in a JSON lines file, in order; one called .gz is unpacked. A last line cut off by a kill is left
+    """The results in a JSON lines file, in order; one called .xz is unpacked. A last line cut off by a kill is left
     out, with a note on stderr.
 
     Raises:
@@ -316,7 +316,7 @@ def read_results(path: Path) -> list[Result]:
     """
     if not path.exists():
         return []
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     lines = data.decode().split("\n")
     results = []
     for number, line in enumerate(lines, 1):

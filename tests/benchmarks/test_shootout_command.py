@@ -1,6 +1,6 @@
 """The comparison on many tasks: sharing, the command."""
 
-import gzip
+import lzma
 import multiprocessing
 import warnings
 from pathlib import Path
@@ -179,7 +179,7 @@ def test_the_command_runs_all_stages_and_reports_from_records_alone(tmp_path, ca
     assert "**Not run**: mnist_mlp." in (tmp_path / "report.md").read_text()
     assert "of different code" not in (tmp_path / "report.md").read_text()
     assert len(plan(tmp_path).load()) == len(records)
-    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "runs.jsonl").read_bytes()))
+    (tmp_path / "runs.jsonl.xz").write_bytes(lzma.compress((tmp_path / "runs.jsonl").read_bytes()))
     (tmp_path / "runs.jsonl").unlink()
     command.main(arguments)  # makes nothing anew
     assert not (tmp_path / "runs.jsonl").exists()
