@@ -18,9 +18,9 @@ class AutoLODO(LODO):
     of its own so that it can be named in a configuration by its path, without options.
 
     G = lr S^1/2 Q D^1/2 diag(exp(w)) D^1/2 Q^T S^1/2: Adam's second moment in the eigenbasis of each matrix's
-    gradients, as SOAP has it (`base`), a learned gain for each coordinate there (w, `meta_lr`), and a learned scale S
-    for each parameter (`scale_lr`), applied to a learned mixture of momenta (`momentum_decays`). docs/experiments.md
-    tells what each brings.
+    gradients, as SOAP has it, of which long sides have the leading vectors (`base`), a learned gain for each coordinate
+    there (w, `meta_lr`), and a learned scale S for each parameter (`scale_lr`), applied to a learned mixture of momenta
+    (`momentum_decays`). docs/experiments.md tells what each brings.
 
     Args:
         params: as for `lodo.LODO`.
@@ -30,7 +30,7 @@ class AutoLODO(LODO):
         meta_lr: learning rate of the gains; at step t at most 30 / t.
         beta: decay of the momentum that the mixture starts near.
         trace_decay: decay of the momenta that judge the gains.
-        base: "soap", or "adam" for no eigenbases: much cheaper steps on large matrices. `None` wants lr tuned.
+        base: "soap", or "adam" for no eigenbases: cheaper steps. `None` wants lr tuned.
         scale_lr: learning rate of the logarithms of the scales; at step t at most 5 / t.
         scale_trace_decay: decay of the steps that judge the scales.
         momentum_decays: of the momenta.

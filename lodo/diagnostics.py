@@ -135,7 +135,7 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     if group["maximize"]:
         g.neg_()
     with _timed("seconds_apply", seconds, flat.device):
-        step = operator.rotate_back(operator.apply(m).mul_(last_lr * float(live.unit)))
+        step = operator.rotate_back_(operator.apply(m).mul_(last_lr * float(live.unit)))
     for vector in (step, x):
         flat.mask_(flat.views(vector), moves)
     eigenvalues, weights = spectrum(operator, probes=probes, iterations=iterations)

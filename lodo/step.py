@@ -53,7 +53,7 @@ def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
     rotated = operator.rotate(g if at.share is None else g * at.share)
     update.learn_(rotated, at)  # 1, 2
     rotated = update_basis_(live, g, rotated if at.share is None else None, at)
-    step = operator.rotate_back(update.advance_(rotated, at))  # 3, 4
+    step = operator.rotate_back_(update.advance_(rotated, at))  # 3, 4
     live.momentum.store_(at.steps)
     subtract_(live, step, at, params)
     live.record_versions()
@@ -77,7 +77,7 @@ def look_back(live: GroupState, at: Context, params: list[Tensor]) -> Tensor | N
     if change is not None:
         made = live.operator.apply(live.momentum.m)
         made = made.mul_(at.per_element(lambda cohort: cohort.last_lr * at.unit, made))
-        step = live.operator.rotate_back(made)
+        step = live.operator.rotate_back_(made)
         if at.options["weight_decay"] > 0:
             lr = at.per_parameter(lambda cohort: cohort.scheduled_lr, step)
             step.add_(decay(live, live.x, lr, at))

@@ -101,7 +101,9 @@ class Mixture(Momentum):
 
     @property
     def in_coordinates(self) -> list[Tensor]:
-        return [self.momenta] if self.trace is None else [self.trace, self.momenta]
+        # One with a decay of zero is the gradient, which each step writes anew.
+        momenta = [momentum for momentum, decay in zip(self.momenta, self.decays, strict=True) if decay > 0]
+        return momenta if self.trace is None else [self.trace, *momenta]
 
     def learn_from_response_(self, response: Tensor, at: Context) -> None:
         """Moves the weights along the hypergradient; lr is left out, for a size that all steps have in common tells

@@ -121,8 +121,8 @@ class Part:
         """A vector of shape (n,) in the orthogonal coordinates that this part computes in."""
         return v
 
-    def rotate_back(self, v: Tensor) -> Tensor:
-        """The inverse of `rotate`."""
+    def rotate_back_(self, v: Tensor) -> Tensor:
+        """The inverse of `rotate`; v is used up."""
         return v
 
     def multiply_(self, diagonal: Tensor, at: Context) -> None:
@@ -168,7 +168,7 @@ class Part:
         Args:
             g: gradient, shape (n,), not rotated.
             rotated: the same rotated; None if nobody has computed it.
-            kept: rotated vectors that are kept, shape (..., n): brought into the new coordinates in place.
+            kept: rotated vectors that are kept, shape (n,): brought into the new coordinates in place.
 
         Returns:
             `rotated`, in the new coordinates if they have changed.

@@ -167,4 +167,4 @@ def _rounding(own: torch.dtype, computed: torch.dtype, size: int) -> float:
     Of a product of matrices by the dtype that it is computed in: some roundings of the norm of the gradient; of the
     gradients' own dtype: the rounding of each element, at random, and its fluctuation.
     """
-    return (4 * torch.finfo(computed).eps) ** 2 + torch.finfo(own).eps ** 2 / max(size, 1)
+    return (8 * torch.finfo(computed).eps) ** 2 + torch.finfo(own).eps ** 2 / max(size, 1)

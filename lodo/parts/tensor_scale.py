@@ -8,7 +8,10 @@ s_j is judged by all the steps that lately were taken, not by the last one alone
 (`lodo.inner_optimizer.descend_`), and 1e-8 <= S <= 1e8 whatever is learned. h_j is the derivative with respect to s_j
 of the loss where the steps have led, each counted by its age, if G mixes no parameters; if it does, the effect of a
 parameter's gradient on the others' steps counts for them. A scale learned from the last step alone would fall too early
-under noise (short-horizon bias). Steps that somebody takes back, as a projection does, are taken out of E.
+under noise (short-horizon bias). But steps that were much longer than they are now tell little of the scale as it is:
+where lr * S falls, E falls along, so that no step in it counts as more than LONGER times as long as it would be now.
+Otherwise long steps across a minimum would drive a scale down for hundreds of steps after it has become short. Steps
+that somebody takes back, as a projection does, are taken out of E too.
 
 Scales come to fall by orders of magnitude, and the hypergradients of all else on their parameters with them: against
 the second moment that an inner Adam remembers they would vanish. So network and momenta learn from S^-1 g in place of
@@ -31,6 +34,7 @@ from lodo.parts.record import kept_share, taken_back
 from lodo.scalars import decay_and_add_, is_tensor, where
 
 LARGEST_LOG = math.log(1e8)  # of S: nothing that judges it may drive it beyond
+LONGER = 4.0  # times the present lr * S, that a step in the trace may have been made with
 
 
 class TensorScale(Part):
@@ -53,16 +57,18 @@ class TensorScale(Part):
         return (
             Slot("scale", Kind.TABLE, (ROWS,), dtype=Dtype.WIDE, squares=(2,), powers=(0, 1, 2)),
             Slot("scale_peak", Kind.TABLE, dtype=Dtype.WIDE, low=0.0),  # the largest lr * S so far
+            Slot("trace_peak", Kind.TABLE, dtype=Dtype.WIDE, low=0.0),  # that of the steps in the trace, as they count
             Slot("step_trace"),
         )
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
         super().__init__(layout, tensors, options)
         self.table, self.peak, self.trace = tensors["scale"].T, tensors["scale_peak"], tensors["step_trace"]
+        self.trace_peak = tensors["trace_peak"]
         self._lengths = layout.lengths
 
     def reset_(self) -> None:
-        for tensor in (self.table, self.peak, self.trace):
+        for tensor in (self.table, self.peak, self.trace, self.trace_peak):
             tensor.zero_()
 
     def correct_(self, g: Tensor, undone: Undone | None, at: Context) -> None:
@@ -106,8 +112,22 @@ class TensorScale(Part):
         return descent(at.options["scale_lr"], cohort.steps, cohort.active * (cohort.last_lr > 0), cohort.age)
 
     def record_(self, step: Tensor, at: Context) -> None:
+        self._shorten_trace_(at)
         forget = 1 - at.options["scale_trace_decay"]
         decay_and_add_(self.trace, step, at.per_element(lambda cohort: 1 - cohort.active * forget, step))
+
+    def _shorten_trace_(self, at: Context) -> None:
+        """Lets no step in the trace count as longer than LONGER times what it would be now."""
+        lr = at.per_parameter(lambda cohort: where(cohort.active, at.lr, 0.0), self.peak)
+        length = self.factors().mul_(lr)
+        peak = torch.maximum(self.trace_peak, length)
+        # A step of no length, which a schedule may begin or end with, tells nothing.
+        shares = torch.where((length > 0) & (peak > 0), (LONGER * length / peak).clamp_(max=1), 1.0)
+        self.trace_peak.copy_(peak * shares)
+        if self.trace.device.type != "cpu":
+            torch._foreach_mul_(list(self.trace.split(self._lengths)), list(shares.to(self.trace.dtype).unbind()))
+        elif bool((shares < 1).any()):
+            torch._foreach_mul_(list(self.trace.split(self._lengths)), shares.tolist())
 
     def times(self, vector: Tensor, power: float) -> Tensor:
         """S^power times a vector of shape (n,)."""

@@ -30,8 +30,8 @@ class Operator(ABC):
         """A vector of shape (n,), in the orthogonal coordinates in which the optimizer computes."""
         return v
 
-    def rotate_back(self, v: Tensor) -> Tensor:
-        """The inverse of `rotate`."""
+    def rotate_back_(self, v: Tensor) -> Tensor:
+        """The inverse of `rotate`; v is used up."""
         return v
 
     def precondition(self, g: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Operator(ABC):
         """
         if v.shape != (self.size,):
             raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
-        return self.rotate_back(self.apply(self.rotate(v.detach().to(self.theta).resolve_neg())))
+        return self.rotate_back_(self.apply(self.rotate(v.detach().to(self.theta).resolve_neg())))
 
     def to_dense(self) -> Tensor:
         """The operator as an (n, n) matrix, one matvec per column: for small n."""

@@ -55,9 +55,9 @@ class Composite(Operator):
             v = part.rotate(v)
         return v
 
-    def rotate_back(self, v: Tensor) -> Tensor:
+    def rotate_back_(self, v: Tensor) -> Tensor:
         for part in reversed(self.parts):
-            v = part.rotate_back(v)
+            v = part.rotate_back_(v)
         return v
 
     def unscale(self, g: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lodo
-from benchmarks import long_bowl, part_costs
+from benchmarks import long_bowl, part_costs, untuned_costs
 from examples import learned_spectrum
 from examples.paper.tasks.bowl import NoisyBowl
 
@@ -97,3 +97,20 @@ def test_what_each_part_costs_is_told_in_state_and_time(tmp_path):
     assert size["all parts"] - size["one momentum: `momentum_decays=None`"] == pytest.approx(16, abs=3)
     assert size["all parts"] - size["no trace: `trace_decay=0.0`"] == pytest.approx(4, abs=0.2)
     assert float(rows["all parts"][1]) == 1
+
+
+def test_what_a_step_costs_is_told_beside_the_peers(tmp_path, monkeypatch):
+    pytest.importorskip("pytorch_optimizer")
+    monkeypatch.setattr(untuned_costs, "WARM", 2)
+    monkeypatch.setattr(untuned_costs, "BATCH", 4)
+    untuned_costs.main(["--only", "3,000 parameters", "--rounds", "2", "--out", str(tmp_path)])
+    lines = (tmp_path / "untuned_costs.md").read_text().splitlines()
+    rows = {cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in lines if line.startswith("| "))}
+    assert rows.keys() >= untuned_costs.WAYS.keys()
+    time, of_adamw, of_soap, longest, memory = (cell.strip() for cell in rows["AutoLODO"])
+    assert min(float(time), float(longest)) > 0
+    assert all(float(cell.split()[0]) > 0 for cell in (of_adamw, of_soap))
+    assert 49 < float(memory) < 69
+    assert rows["SOAP, frequency 10"][2].split()[0] == "1.00"
+    with pytest.raises(SystemExit):
+        untuned_costs.main(["--only", "no such model"])

@@ -132,6 +132,7 @@ class Group:
             "unit": torch.full((k,), unit, dtype=torch.float64),
             "scale": logs,
             "scale_peak": logs[:, 0].clamp(-LARGEST_LOG, LARGEST_LOG).exp() * random(k, seed=11).exp().add_(1),
+            "trace_peak": torch.zeros(k, dtype=torch.float64),
             "step_trace": vectors(n, seed=12),
             "momenta": vectors(len(DECAYS), n, seed=8),
             "mixture": table(k, len(DECAYS), seed=9),
@@ -197,7 +198,7 @@ class Group:
 
     def own(self, name, tensor, place):
         """What a parameter has of a tensor of the group."""
-        of_parameters = ("unit", "scale", "scale_peak", "mixture", "scheduled_lr", "reset_at")
+        of_parameters = ("unit", "scale", "scale_peak", "trace_peak", "mixture", "scheduled_lr", "reset_at")
         return tensor[place] if name in of_parameters else tensor.split(self.lengths, dim=-1)[place]
 
     def is_active(self):

@@ -16,7 +16,7 @@ NETWORKS = {
 SHAPES = ((3, 4), (5,), (), (2, 3, 2), (0, 3), (1,))
 
 ELEMENTS = ("momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written")
-TABLES = ("step", "skipped_steps", "unit", "scale", "scale_peak", "mixture", "scheduled_lr", "reset_at")
+TABLES = ("step", "skipped_steps", "unit", "scale", "scale_peak", "trace_peak", "mixture", "scheduled_lr", "reset_at")
 PACKED = ("factors", "eigenbasis")
 OF_NETWORKS = (
     *("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations"),
@@ -91,7 +91,11 @@ def state_of(optimizer, group=0):
 def rotated_back(optimizer, v):
     """Vectors (..., n) that the optimizer keeps, in the coordinates of the parameters."""
     operator = optimizer.preconditioners[0]
-    return torch.stack([operator.rotate_back(row) for row in v]) if v.dim() > 1 else operator.rotate_back(v)
+    return (
+        torch.stack([operator.rotate_back_(row.clone()) for row in v])
+        if v.dim() > 1
+        else operator.rotate_back_(v.clone())
+    )
 
 
 def scales(params, optimizer):

@@ -32,7 +32,8 @@ SHAPED = {"momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "mom
 INTEGERS = {"step", "skipped_steps", "meta_step", "network_step", "reset_at"}
 PACKED = {"factors", "eigenbasis"}
 NUMBERS = {*INTEGERS, "last_lr", "scheduled_lr"}  # what no part computes with
-WIDE = {"scale", "scale_peak", "mixture", "unit", "scheduled_lr", "last_lr"}  # of float64 whatever the parameters are
+# Of float64 whatever the parameters are:
+WIDE = {"scale", "scale_peak", "trace_peak", "mixture", "unit", "scheduled_lr", "last_lr"}
 # The powers of gradients that there are of, and those of the rows of tables.
 POWERS = {"momentum": 1, "momentum_trace": 1, "momenta": 1, "exp_avg_sq": 2, "factors": 2}
 POWERS |= {"theta_exp_avg": 1, "theta_exp_avg_sq": 2}
@@ -110,7 +111,7 @@ class Replay:
             names.append("momentum_trace")
         names += ["exp_avg_sq", "unit"] if self.options["base"] is not None else []
         names += ["factors", "eigenbasis", "seen"] if Eigenbasis in parts else []
-        names += ["scale", "scale_peak", "step_trace"] if TensorScale in parts else []
+        names += ["scale", "scale_peak", "trace_peak", "step_trace"] if TensorScale in parts else []
         names += ["momenta", "mixture"] if Mixture in parts else []
         names += ["written", "scheduled_lr", "reset_at"] if Record in parts else []
         return names + (self.names_of_network() if self.kind.is_elementwise else [])
@@ -126,7 +127,12 @@ class Replay:
         if name in ("momentum", *MOMENTS):
             option = "momentum_dtype" if name == "momentum" else "meta_state_dtype"
             return torch.bfloat16 if self.options[option] == "bfloat16" else self.dtype
-        kinds = {"seen": torch.uint8, **dict.fromkeys(WIDE, torch.float64), **dict.fromkeys(INTEGERS, torch.int64)}
+        kinds = {
+            "seen": torch.uint8,
+            "pivots": torch.int32,
+            **dict.fromkeys(WIDE, torch.float64),
+            **dict.fromkeys(INTEGERS, torch.int64),
+        }
         return kinds.get(name, self.dtype)
 
     def shape_of(self, name: str, place: int) -> tuple[int, ...]:
@@ -188,7 +194,7 @@ class Replay:
             own["reset_at"].copy_(own["step"])
         capped = ("theta", *MOMENTS, "meta_step") if self.kind.rate_cap is not None else ()
         for own in self.own:
-            for name in own.keys() & {"scale", "scale_peak", "step_trace", "mixture", *capped}:
+            for name in own.keys() & {"scale", "scale_peak", "trace_peak", "step_trace", "mixture", *capped}:
                 own[name].zero_()
         tensors = self.together()
         for part in self.parts():
@@ -360,7 +366,7 @@ class Replay:
         for part in parts:
             current = part.update_basis_(gradient, current, momentum.in_coordinates, at)
         step = update.advance_(operator.rotate(gradient) if current is None else current, at)
-        step = operator.rotate_back(step)
+        step = operator.rotate_back_(step.clone())
         if options["momentum_dtype"] == "bfloat16":
             count = max(t for t, takes_it in zip(self.counted("step"), takes, strict=True) if takes_it)
             words = random_words(0, sum(self.lengths), -count, gradient.device)
@@ -436,7 +442,7 @@ class Replay:
         change = torch.where(looks, (x - tensors["written"]).nan_to_num(0.0, 0.0, 0.0), 0.0)
         last_lrs = [lr * float(at.unit) for lr in self.counted("last_lr")]
         made = [part * lr for part, lr in zip(self.pieces(operator.apply(momentum.m)), last_lrs, strict=True)]
-        step = operator.rotate_back(self.flat(made))
+        step = operator.rotate_back_(self.flat(made).clone())
         if self.options["weight_decay"]:
             parts = operator.parts if isinstance(operator, Composite) else ()
             step = step + self.decay(parts, self.counted("scheduled_lr"))

@@ -40,7 +40,7 @@ REPLACED = (
         "network_step",
     ),
     *("momentum", "momentum_trace", "exp_avg_sq", "unit", "factors", "eigenbasis", "seen"),
-    *("scale", "scale_peak", "step_trace", "momenta", "mixture", "written", "scheduled_lr", "reset_at"),
+    *("scale", "scale_peak", "trace_peak", "step_trace", "momenta", "mixture", "written", "scheduled_lr", "reset_at"),
 )
 COUNTS: Counter[str] = Counter()
 

@@ -481,7 +481,11 @@ def test_every_key_of_every_entry_is_checked(options):
 def test_what_may_not_be_negative_is_declared(options):
     """What the test above cannot tell: that a slot says what numbers it allows."""
     for slot in slots_of(lodo.LODO([torch.ones(1)], **options).param_groups[0]):
-        if slot.is_whole or slot.name.endswith("_sq") or slot.name in ("unit", "scheduled_lr", "scale_peak"):
+        if (
+            slot.is_whole
+            or slot.name.endswith("_sq")
+            or slot.name in ("unit", "scheduled_lr", "scale_peak", "trace_peak")
+        ):
             assert slot.low == 0, slot.name
         if slot.dtype is Dtype.FLAG:
             assert slot.high < 255, slot.name

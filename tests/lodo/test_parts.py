@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lodo
+from tests.helpers.bases import dense_basis, factors_in, of_sides
 from tests.helpers.oracle import learned, matvec
 from tests.helpers.parts import (
     NETWORKS,
@@ -23,7 +24,11 @@ from tests.helpers.parts import (
 
 BASES = (None, "adam", "soap")
 WARM = 12
-FULL = [(0, 3), (1, 4)]  # both sides of a 3 x 4 matrix: (0 for rows or 1 for columns, length)
+
+
+def dense_adam(entry, beta2=0.999):
+    (steps,) = entry["step"].unique().tolist()
+    return 1 / ((entry["exp_avg_sq"] / (1 - beta2**steps)).sqrt() + 1e-8)
 
 
 def dense_of(product, size):
@@ -54,124 +59,6 @@ def test_an_identity_over_adam_is_adam(decay, order):
     assert len(set(counts)) > 1
 
 
-# ---- SOAP ----------------------------------------------------------------------------------------------------------
-
-SOAP = {
-    "matrices": {(3, 4): FULL, (4, 4): [(0, 4), (1, 4)]},
-    "a matrix and vectors": {(3, 4): FULL, (5,): [], (): []},
-    "vectors alone": {(5,): [(0, 5)], (1,): [], (): [], (3,): [(0, 3)]},
-    "more dimensions": {(2, 3, 2): [(0, 2)], (4, 2, 2): [(0, 4), (1, 4)], (3, 2, 1, 2): FULL},
-    "skew": {(20, 2): [(1, 2)], (1, 6): [], (9, 9): [(0, 9), (1, 9)]},
-    "small and empty": {(1, 1): [], (0, 3): [], (): [], (3, 0): [], (2, 2): [(0, 2), (1, 2)]},
-}
-
-
-def factors_in(entry, sides):
-    """What the state keeps for each tensor: {side: (average, basis)}."""
-    packed, found, first = torch.stack([entry["factors"], entry["eigenbasis"]]), [], 0
-    for own in sides:
-        found.append({})
-        for side, length in own:
-            found[-1][side] = packed[:, first : first + length * length].view(2, length, length)
-            first += length * length
-    assert packed.shape == (2, first)
-    return found
-
-
-def as_matrix(shape):
-    rows = shape[0] if shape else 1
-    return rows, torch.Size(shape).numel() // max(rows, 1)
-
-
-def dense_basis(shapes, factors):
-    """Q (n, n): on a matrix X, Q_L X Q_R^T."""
-    blocks = []
-    for shape, own in zip(shapes, factors, strict=True):
-        sides = [own[i][1] if i in own else torch.eye(d, dtype=torch.float64) for i, d in enumerate(as_matrix(shape))]
-        blocks.append(torch.kron(*(side.contiguous() for side in sides)))
-    return torch.block_diag(*(block for block in blocks if block.numel()))
-
-
-def dense_adam(entry, beta2=0.999):
-    (steps,) = entry["step"].unique().tolist()
-    return 1 / ((entry["exp_avg_sq"] / (1 - beta2**steps)).sqrt() + 1e-8)
-
-
-class DenseSoap:
-    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n. Of two gradients one
-    goes into the factors, with the weight of both, so that these forget as fast as they would by taking every one. The
-    basis begins with the first gradient that is not zero, and v is carried over into a new one."""
-
-    def __init__(self, shapes, sides, x):
-        self.shapes, self.x = shapes, x.clone()
-        self.factors = [
-            {side: [torch.zeros(d, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)] for side, d in own}
-            for own in sides
-        ]
-        self.m, self.v = torch.zeros_like(x), torch.zeros_like(x)
-        self.has_begun = False
-
-    def step(self, g, lr, t, found):
-        """`found`: the factors of the optimizer, of which the first basis is taken, for eigenvectors are not unique."""
-        before = dense_basis(self.shapes, self.factors)
-        is_first, self.has_begun = bool(g.any()) and not self.has_begun, self.has_begun or bool(g.any())
-        parts = g.split([torch.Size(shape).numel() for shape in self.shapes])
-        for shape, part, own, theirs in zip(self.shapes, parts, self.factors, found, strict=True):
-            matrix = part.view(as_matrix(shape))
-            for side, factor in own.items():
-                if is_first or t % 2 == 0:
-                    square = matrix @ matrix.T if side == 0 else matrix.T @ matrix
-                    factor[0] = 0.999**2 * factor[0] + (1 - 0.999**2) * square
-                if is_first:
-                    factor[1] = theirs[side][1].clone()
-                    turned = factor[1].T @ factor[0] @ factor[1]
-                    torch.testing.assert_close(turned, turned.diagonal().diag(), rtol=0, atol=1e-12)
-                    assert (turned.diagonal().diff() <= 1e-12).all()  # the largest first
-                elif t % 10 == 0 and self.has_begun:
-                    q, r = torch.linalg.qr(factor[0] @ factor[1])
-                    factor[1] = torch.where(r.diagonal() < 0, -q, q)
-        q = dense_basis(self.shapes, self.factors)
-        self.v = (q.T @ before) ** 2 @ self.v
-        self.v = 0.999 * self.v + 0.001 * (q.T @ g) ** 2
-        self.m = 0.9 * self.m + 0.1 * g
-        d = 1 / ((self.v / (1 - 0.999**t)).sqrt() + 1e-8)
-        sizes = [torch.Size(shape).numel() for shape in self.shapes]
-        for v, part, own in zip(self.v.split(sizes), d.split(sizes), self.factors, strict=True):
-            part[v <= (1e-15**2 * v.sum() if own else 0)] = 0  # rounding takes no step
-        self.g = q @ d.diag() @ q.T
-        self.x -= lr / (1 - 0.9**t) * self.g @ self.m
-
-
-@pytest.mark.parametrize("zeros", [0, 2])
-@pytest.mark.parametrize("case", SOAP)
-def test_an_identity_over_soap_is_soap(case, zeros):
-    """Also if the first gradients are zero."""
-    shapes, sides = list(SOAP[case]), list(SOAP[case].values())
-    params = made(shapes)
-    optimizer = lodo.LODO(params, lr=0.05, base="soap", preconditioner="identity")
-    expected = DenseSoap(shapes, sides, flat(params))
-    for t in range(1, 32):
-        g = backward(params)
-        if t <= zeros:
-            g = torch.zeros_like(g)
-            for p in params:
-                p.grad.zero_()
-        optimizer.step()
-        factors = factors_in(state_of(optimizer), sides)
-        expected.step(g, 0.05, t, factors)
-        basis = dense_basis(shapes, factors)
-        if t > 1:  # the signs too: what a network has learned of a coordinate must go on meaning the same
-            torch.testing.assert_close(basis, dense_basis(shapes, expected.factors), rtol=0, atol=1e-6)
-        torch.testing.assert_close(basis.T @ basis, torch.eye(len(g), dtype=torch.float64), rtol=0, atol=1e-13)
-        dense = optimizer.preconditioners[0].to_dense()
-        size = float(dense.abs().max())
-        torch.testing.assert_close(dense, expected.g, rtol=0, atol=1e-6 * size)
-        torch.testing.assert_close(dense, dense.T, rtol=0, atol=1e-13 * size)
-        assert torch.linalg.eigvalsh(dense).min() >= -1e-13 * size  # zero where there was no gradient
-        torch.testing.assert_close(flat(params), expected.x, rtol=0, atol=1e-6)
-    assert (flat(params) - flat(made(shapes))).abs().max() > 0.3
-
-
 # ---- G as a matrix -------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +77,7 @@ def test_g_is_the_product_of_its_parts(kind, base, scale_lr, kernel):
     d = torch.ones(n, dtype=torch.float64) if base is None else dense_adam(entry)
     q = torch.eye(n, dtype=torch.float64)
     if base == "soap":
-        q = dense_basis(SHAPES, factors_in(entry, [FULL, [], [], [(0, 2)], [], []]))
+        q = dense_basis(SHAPES, factors_in(entry, of_sides()))
     t = d.sqrt().diag() @ q.T @ (s / 2).exp().diag()
     expected, found = t.T @ operator.network.to_dense() @ t, operator.to_dense()
     size = float(expected.abs().max())
@@ -214,7 +101,7 @@ def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
     if base is not None:
         root = root * dense_adam(entry).sqrt()
     if base == "soap":
-        q = dense_basis(SHAPES, factors_in(entry, [FULL, [], [], [(0, 2)], [], []]))
+        q = dense_basis(SHAPES, factors_in(entry, of_sides()))
         assert (q - torch.eye(n)).abs().max() > 0.1
     v = torch.randn(n, dtype=torch.float64)
     kept = v.clone()
@@ -224,17 +111,18 @@ def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * size)
     assert found.data_ptr() != v.data_ptr()
     torch.testing.assert_close(operator.rotate(v), q.T @ v, rtol=0, atol=1e-12)
-    torch.testing.assert_close(operator.rotate_back(v), q @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(operator.rotate_back_(v.clone()), q @ v, rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        operator.rotate(operator.matvec(operator.rotate_back(v))), found, rtol=0, atol=1e-12 * size
+        operator.rotate(operator.matvec(operator.rotate_back_(v.clone()))), found, rtol=0, atol=1e-12 * size
     )
     assert torch.equal(v, kept)
 
 
 @pytest.mark.parametrize("momentum_decays", [None, (0.0, 0.9, 0.99)])
 @pytest.mark.parametrize("kind", ["identity", "log_diagonal", "block_permutation"])
-def test_what_is_kept_is_turned_with_the_basis(kind, momentum_decays, kernel):
+def test_what_is_kept_is_turned_with_the_basis(kind, momentum_decays, kernel, monkeypatch):
     """Turned back it is what plain averages of the gradients are, through four changes of the basis."""
+    monkeypatch.setattr("lodo.parts.bases.TOLERANCE", 0.0)
     options = {"trace_decay": 0.7, "mix_lr": 0.02, "scale_lr": 0.01, "meta_lr": 0.02}
     params, optimizer = built(kind, base="soap", momentum_decays=momentum_decays, **options)
     n, lengths = sum(p.numel() for p in params), [p.numel() for p in params]
@@ -374,6 +262,31 @@ def test_the_hypergradient_of_a_scale_is_that_of_autograd(kind, base, scale_trac
         steps.append(before[0] - flat(params))
         assert torch.equal(state_of(optimizer)["scale"][0], s)
         assert len(g) == sum(lengths)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_no_step_in_the_trace_counts_as_more_than_four_times_the_present_one(base):
+    """Here as lr falls by a schedule, but for a step of no length."""
+    settings = {"base": base, "scale_lr": 0.1, "scale_trace_decay": 0.9}
+    params, optimizer = built("log_diagonal", TENSORS, **settings)
+    lengths = torch.tensor([p.numel() for p in params])
+    expected, peak = torch.zeros(24, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    shares = []
+    for step in range(40):
+        optimizer.param_groups[0]["lr"] = lr = 0.05 * 0.5 ** min(step, 6) if step != 20 else 0.0
+        backward(params)
+        before = flat(params)
+        optimizer.step()
+        length = lr * state_of(optimizer)["scale"][0].exp()
+        peak = torch.maximum(peak, length)
+        share = torch.where(length > 0, (4 * length / peak).clamp(max=1), 1.0)
+        peak = peak * share
+        expected = 0.9 * expected * share.repeat_interleave(lengths) + before - flat(params)
+        torch.testing.assert_close(state_of(optimizer)["step_trace"], expected, rtol=0, atol=1e-13)
+        shares.append(share)
+    shares = torch.stack(shares)
+    assert (shares[3:7] < 0.9).all()
+    assert (shares[20] == 1).all()
 
 
 @pytest.mark.parametrize("base", BASES)

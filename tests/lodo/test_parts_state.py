@@ -328,6 +328,7 @@ NAMES = (
         "seen",
         "scale",
         "scale_peak",
+        "trace_peak",
         "step_trace",
         "momenta",
         "mixture",
@@ -411,6 +412,7 @@ NUMBERS = (
         "eigenbasis",
         "scale",
         "scale_peak",
+        "trace_peak",
         "step_trace",
         "momenta",
         "mixture",
@@ -433,7 +435,7 @@ DAMAGES = [
     *((f"text for {name}", damaged(name, str), f"{name} must be a tensor") for name in TENSORS),
     *(
         (f"negative {name}", damaged(name, with_number(-1, -1.0)), f"{name} must hold numbers >= 0")
-        for name in ("exp_avg_sq", "unit", "scale_peak", "scheduled_lr")
+        for name in ("exp_avg_sq", "unit", "scale_peak", "trace_peak", "scheduled_lr")
     ),
     *(
         (f"negative {name}", damaged(name, with_number(0, -1)), f"{name} must hold whole numbers >= 0")

@@ -8,9 +8,20 @@ from torch import nn
 
 import lodo
 from lodo import inner_optimizer
-from lodo.parts.eigenbasis import refresh_interval
+from lodo.parts import bases
+from lodo.parts.eigenbasis import phase_of, refresh_interval
+from tests.helpers.bases import renewed
 
-LATE = 51_200  # even, and a step at which a basis is renewed
+
+def next_renewal(step):
+    """The first step from `step` on at which the basis of a vector of three is renewed."""
+    interval = refresh_interval(step)
+    return next(
+        t for t in range(step, step + 2 * interval) if (t + int(phase_of((3, 1), 0) * interval)) % interval == 0
+    )
+
+
+LATE = next_renewal(51_200)
 G = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
 
 
@@ -57,7 +68,8 @@ def test_networks_of_the_paper_learn_at_a_rate_that_does_not(where):
 
 
 def average_and_basis(entry):
-    return entry["factors"].view(3, 3), entry["eigenbasis"].view(3, 3)
+    q = entry["eigenbasis"].view(3, 3)
+    return q @ entry["factors"].view(3, 3) @ q.T, q
 
 
 @pytest.mark.parametrize("base", ["adam", "soap"])
@@ -76,14 +88,15 @@ def test_averages_of_a_base_come_to_be_over_a_tenth_of_the_steps(base, where):
 
 def test_the_interval_of_renewals_doubles_with_the_steps():
     steps = (1, 499, 500, 999, 1000, 1999, 2000, 51_200, 10**6)
-    assert [*map(refresh_interval, steps)] == [10, 10, 10, 10, 20, 20, 40, 640, 10_240]
+    assert [*map(refresh_interval, steps)] == [10, 10, 20, 20, 40, 40, 80, 1280, 20_480]
 
 
-@pytest.mark.parametrize(("late", "is_renewed"), [(990, True), (1010, False), (1020, True), (2020, False)])
-def test_a_basis_is_renewed_less_often_as_training_goes_on(late, is_renewed, where):
-    before, after, _ = late_step(late, base="soap")
+@pytest.mark.parametrize(("after", "by"), [(400, 10), (600, 20), (2100, 80)])
+@pytest.mark.parametrize(("share", "is_renewed"), [(0, True), (0.5, False), (1, True)])
+def test_a_basis_is_renewed_less_often_as_training_goes_on(after, by, share, is_renewed, where, monkeypatch):
+    monkeypatch.setattr(bases, "TOLERANCE", 0.0)
+    before, after, _ = late_step(next_renewal(after) + int(share * by), base="soap")
     (_, basis), (average, found) = (average_and_basis(own) for own in (before, after))
     if is_renewed:
-        q, _ = torch.linalg.qr(average @ basis)
-        basis = q * (q * basis).sum(0).sign()  # by that of what it was: where the average is zero, r is rounding
+        basis = renewed(average @ basis, basis)
     torch.testing.assert_close(found, basis, rtol=1e-9, atol=1e-12)

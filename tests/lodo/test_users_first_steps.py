@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lodo
-from lodo.parts import eigenbasis
+from lodo.parts import bases
 from tests.helpers.habits import assert_falls, noisy, train
 
 
@@ -61,7 +61,7 @@ SINGULAR = {
 @pytest.mark.parametrize("average", SINGULAR)
 def test_eigenbases_of_singular_averages_are_orthogonal(average):
     average, old = SINGULAR[average], torch.linalg.qr(noisy((12, 12), 3, torch.float32))[0]
-    for new in (eigenbasis._eigenbasis(average, old), eigenbasis._improved(average, old)):
+    for new in (bases.eigenvectors(average, old), bases.orthonormal(average)):
         assert new.dtype == torch.float32
         torch.testing.assert_close(new.T @ new, torch.eye(12), rtol=0, atol=1e-5)
 
@@ -74,15 +74,16 @@ def nan_for_eigh(a, *_, **__):
     return torch.full_like(a[0], math.nan), torch.full_like(a, math.nan)
 
 
-def nan_for_qr(a, *_, **__):
-    return torch.full_like(a, math.nan), torch.full_like(a, math.nan)
+def test_an_average_that_is_not_finite_turns_nothing():
+    for bad in (math.nan, math.inf):
+        assert torch.equal(bases.orthonormal(torch.full((12, 5), bad)), torch.eye(12, 5))
 
 
-@pytest.mark.parametrize(("name", "broken"), [("eigh", fails), ("eigh", nan_for_eigh), ("qr", nan_for_qr)])
-def test_where_a_decomposition_fails_the_old_basis_is_kept_and_training_goes_on(name, broken, monkeypatch):
+@pytest.mark.parametrize("broken", [fails, nan_for_eigh])
+def test_where_a_decomposition_fails_the_old_basis_is_kept_and_training_goes_on(broken, monkeypatch):
     old = torch.linalg.qr(noisy((12, 12), 3, torch.float32))[0]
-    monkeypatch.setattr(torch.linalg, name, broken)
-    found = {"eigh": eigenbasis._eigenbasis, "qr": eigenbasis._improved}[name](SINGULAR["rank one"], old)
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    found = bases.eigenvectors(SINGULAR["rank one"], old)
     assert torch.equal(found, old)
     assert found is not old
     model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), torch.randn(64, 6)

@@ -42,6 +42,23 @@ def worst_at_a_constant_rate():
     return classified(lambda step: 1, 700)
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_scale_that_was_too_large_comes_back(size):
+    """On the mean square of some numbers, without noise: the scale grows until x jumps across the minimum, and what the
+    long steps are blamed for must not drive it down for hundreds of steps more (the loss was .36 after 1,000)."""
+    torch.manual_seed(0)
+    x = nn.Parameter(torch.randn(size))
+    optimizer, losses = lodo.AutoLODO([x]), []
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss = x.square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert max(losses[100:300]) > 0.1  # it did jump
+    assert losses[-1] < 1e-3
+
+
 @pytest.mark.parametrize("small", [1e-2, 1e-3])
 def test_a_rate_that_rises_at_once_does_no_harm(small, worst_at_a_constant_rate):
     worst = classified(lambda step: small if step < 400 else 1, 700)
@@ -134,7 +151,7 @@ def test_powers_of_two_on_the_loss_change_no_bit_but_for_what_is_added_to_roots(
     monkeypatch.setenv("LODO_NATIVE", "0")
     close = scaled_run(2.0**k, torch.float64, 40, norm=norm)[0], scaled_run(1.0, torch.float64, 40, norm=norm)[0]
     for found, expected in zip(*close, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.25 * 40 * 1e-3)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.3 * 40 * 1e-3)
     monkeypatch.setattr(second_moment, "EPS", 1e-300)
     monkeypatch.setattr(inner_optimizer, "EPS", 1e-300)
     assert_same(scaled_run(2.0**k, torch.float64, 40, norm=norm), scaled_run(1.0, torch.float64, 40, norm=norm))

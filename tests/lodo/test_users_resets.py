@@ -41,7 +41,16 @@ def test_reset_takes_back_what_is_learned_and_keeps_what_is_known(long_trained):
     optimizer.reset()
     after = state_of(optimizer)
     assert after["reset_at"].item() == after["step"].item() == 3000
-    for name in ("scale", "step_trace", "scale_peak", "theta", "theta_exp_avg", "theta_exp_avg_sq", "meta_step"):
+    for name in (
+        "scale",
+        "step_trace",
+        "scale_peak",
+        "trace_peak",
+        "theta",
+        "theta_exp_avg",
+        "theta_exp_avg_sq",
+        "meta_step",
+    ):
         assert not after[name].any(), name
     for name in ("exp_avg_sq", "factors", "eigenbasis", "seen", "momenta", "momentum", "unit", "step", "skipped_steps"):
         assert torch.equal(after[name], before[name]), name
