@@ -8,13 +8,13 @@ others, the decomposition P = O U (O orthogonal, U triangular with a positive di
     Q = [ P   -N R^T      ]
         [ R   I - R S R^T ],    N = (P + O) S
 
-is orthogonal: I - W S W^T with W = [P + O; R], which takes [-O; 0] to V, but for the signs of the first columns; and S
-is never near singular. Of A, only A V is kept.
+is orthogonal: (I - W S W^T) diag(-O, I) with W = [P + O; R], whose first factor takes [-O; 0] to V; and S is never
+near singular. Of A, only A V is kept.
 
-Both kinds are updated by orthogonal iteration, V <- qr(A V), in the coordinates of the basis that there is: A V is
-kept as B = Q^T A V, for then a gradient that has been turned is taken in by one product, B tells how far V are from
-eigenvectors, and what is kept in these coordinates is turned by qr(B). Tensors of one shape are worked on together, as
-batches (b, rows, columns).
+Both kinds are updated by orthogonal iteration, V <- qr(A V), in the coordinates of the basis that there is; of A what
+is known after that is A V V^T, where the basis is of low rank. A V is kept as B = Q^T A V, for then a gradient that has
+been turned is taken in by one product, B tells how far V are from eigenvectors, and what is kept in these coordinates
+is turned by qr(B). Tensors of one shape are worked on together, as batches (b, rows, columns).
 """
 
 import math
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from lodo.scalars import wide
 
-WORK = 256  # products with each element of a tensor, that turning it on one side, ahead or back, may take
-NUMBERS = 2  # that are kept for each element of a tensor, for one side of it,
+WORK = 256  # products with each element of a tensor, that turning it on one side, ahead and back, may take
+NUMBERS = 2  # for each element of a tensor, that the basis of one side of it may have, and its average as many,
 SMALL = 4096  # or so many in all
 SHIFT = 4.0  # roundings of the largest eigenvalue that null spaces are given, so that they keep their coordinates,
-OWN_SHIFT = 1e-4  # and no less than this share of a column's norm
+OWN_SHIFT = 1e-6  # and no less than this share of a column's norm
 SKETCHES = 2  # power iterations for the first basis of low rank
-TOLERANCE = 0.1  # residual of an eigenvector, in relation to its eigenvalue, that is left as it is
+TOLERANCE = 0.01  # residual of an eigenvector, in relation to its eigenvalue, that is left as it is
 LARGEST_VECTOR = 512  # elements of a group without a matrix whose vectors have full eigenbases
 
 
@@ -77,7 +77,7 @@ def numbers_of(shapes: Sequence[torch.Size]) -> list[int]:
     return [sum(side.size for side in own) for own in sides_of(shapes)]
 
 
-class Cell(NamedTuple):
+class Member(NamedTuple):
     """A tensor that has bases: its place in the group, its shape as a matrix, its sides that have one; where its
     elements begin in a vector of the group, and its numbers in packed tensors."""
 
@@ -88,39 +88,38 @@ class Cell(NamedTuple):
     packed: int
 
 
-def batched(shapes: Sequence[torch.Size]) -> list[list[Cell]]:
+def batched(shapes: Sequence[torch.Size]) -> list[list[Member]]:
     """The tensors that have bases, those of one shape together that lie at equal distances, as in a model of equal
     blocks: so that one view of a vector shows them all."""
-    found: list[list[Cell]] = []
+    found: list[list[Member]] = []
     start = packed = 0
     for place, (shape, sides) in enumerate(zip(shapes, sides_of(shapes), strict=True)):
         if sides:
-            cell = Cell(place, (shape[0], shape.numel() // shape[0]), tuple(sides), start, packed)
-            batch = next((batch for batch in found if _continues(batch, cell)), None)
+            member = Member(place, (shape[0], shape.numel() // shape[0]), tuple(sides), start, packed)
+            batch = next((batch for batch in found if _continues(batch, member)), None)
             if batch is None:
-                found.append([cell])
+                found.append([member])
             else:
-                batch.append(cell)
+                batch.append(member)
         start += shape.numel()
         packed += sum(side.size for side in sides)
     return found
 
 
-def _continues(batch: Sequence[Cell], cell: Cell) -> bool:
-    if (batch[0].shape, batch[0].sides) != (cell.shape, cell.sides):
+def _continues(batch: Sequence[Member], member: Member) -> bool:
+    if (batch[0].shape, batch[0].sides) != (member.shape, member.sides):
         return False
     if len(batch) == 1:
         return True
     first, second, last = batch[0], batch[1], batch[-1]
     distances = second.start - first.start, second.packed - first.packed
-    return (cell.start - last.start, cell.packed - last.packed) == distances
+    return (member.start - last.start, member.packed - last.packed) == distances
 
 
 def rank_of(length: int, other: int) -> int:
     """The rank of the basis of a side, by the length of the other one: all of it where WORK and NUMBERS allow that.
 
-    A whole basis takes 2 * length products for each element, ahead and back, one of low rank 4 * rank; either keeps
-    length * rank numbers twice.
+    A whole basis takes 2 * length products for each element, ahead and back, one of low rank 4 * rank.
     """
     if 2 * length <= WORK and length * length <= max(NUMBERS * length * other, SMALL):
         return length
@@ -174,7 +173,7 @@ class Basis:
     def is_off(self, one: int) -> bool:
         """Whether some vector of one of the batch is no longer close to an eigenvector of the average: by the residual
         A v - lambda v in relation to lambda, each by its own, for what is small in a gradient is large in a step."""
-        average = self.average[one]
+        average = self.average[one] / self.average[one].abs().amax().clamp(min=torch.finfo(self.average.dtype).tiny)
         values = average.diagonal()
         residuals = (average.square().sum(0) - values.square()).clamp_(min=0).sqrt_()
         allowed = TOLERANCE * values + SHIFT * torch.finfo(average.dtype).eps * values.max()
@@ -187,8 +186,9 @@ class Basis:
         Args:
             one: which.
             kept: matrices (rows, columns), brought into the new coordinates in place.
-            square: second moments (rows, columns), that go along as if gradients were uncorrelated in the old
-                coordinates: what stayed behind would not fit the momenta, least of all in a null space.
+            square: second moments (rows, columns), of which those of the eigenvectors go along as if gradients were
+                uncorrelated in the old coordinates: what stayed behind would not fit the momenta, least of all in a
+                null space.
         """
         average = self.average[one]
         turn = orthonormal(average)
@@ -203,7 +203,7 @@ class Basis:
 
     def _turn_squares_(self, square: Tensor, shares: Tensor) -> None:
         """The same for second moments, this side first: those of the eigenvectors by their shares (r, r); what comes to
-        them of the rest comes as its mean."""
+        them of the rest comes as its mean. The rest, whose coordinates hardly turn, keeps its own."""
         first, rest = square.split([self.side.rank, self.side.length - self.side.rank])
         turned = shares @ first
         if len(rest):
@@ -235,7 +235,8 @@ class Whole(Basis):
         g = self._as_rows(g).to(wide(g.device))
         average = g @ g.mT
         same = torch.eye(len(g), dtype=g.dtype, device=g.device)
-        self.vectors[one] = vectors = filled(eigenvectors(average, same), g, torch.finfo(self.vectors.dtype).eps)
+        found = known(eigenvectors(average, same), g, torch.finfo(self.vectors.dtype).eps)
+        self.vectors[one] = vectors = with_random_others(found)
         self.average[one] = weight * (vectors.mT @ average @ vectors)
 
     def _turn_(self, one: int, turn: Tensor, x: Tensor) -> Tensor:
@@ -306,7 +307,7 @@ class LowRank(Basis):
 
     def start_(self, one: int, g: Tensor, weight: float) -> None:
         g, vectors = self._as_rows(g), self.vectors[one]
-        vectors.copy_(filled(leading(g, self.side.rank), g, torch.finfo(g.dtype).eps))
+        vectors.copy_(with_own_others(known(leading(g, self.side.rank), g, torch.finfo(g.dtype).eps), self.side.rank))
         self._complete_(one)
         self.average[one] = self._ahead_(weight * (g @ (g.mT @ vectors))[None], one, axis=0)[0]
 
@@ -343,15 +344,15 @@ def basis_of(side: Side, average: Tensor, vectors: Tensor) -> Basis:
 
 
 def straightened(vectors: Tensor) -> Tensor:
-    """Vectors (d, r) that are orthonormal but for rounding, without that: a step of Newton's iteration for the polar
+    """Vectors (d, r) that are orthonormal but for rounding, without that: a Newton-Schulz step towards the polar
     factor. So that rounding does not add up over renewals."""
     return torch.addmm(vectors, vectors, vectors.mT @ vectors, beta=1.5, alpha=-0.5)
 
 
 def orthonormal(average: Tensor) -> Tensor:
     """An orthonormal basis of the columns (d, r) by QR, with signs such that it is close to the first columns of the
-    identity if they are: coordinates go on meaning the same. That also fills a null space, and is the answer if the
-    decomposition fails."""
+    identity if they are: coordinates go on meaning the same. That also fills a null space, and is the answer where the
+    average is not finite."""
     same = torch.eye(*average.shape, dtype=average.dtype, device=average.device)
     scaled = average / average.abs().amax().clamp(min=torch.finfo(average.dtype).tiny)
     # What is left of a column when others have been taken out of it may be rounding, that would turn null spaces about.
@@ -367,8 +368,8 @@ def leading(g: Tensor, rank: int) -> Tensor:
     Tropp 2011, with power iterations). Products with g are in its own dtype, all else in float64."""
     float64 = wide(g.device)
     width = min(2 * rank, *g.shape)
-    generator = torch.Generator().manual_seed(0)
-    projected = torch.randn(g.shape[1], width, generator=generator, dtype=torch.float64).to(g)
+    generator = torch.Generator("cpu").manual_seed(0)
+    projected = torch.randn(g.shape[1], width, generator=generator, dtype=torch.float64, device="cpu").to(g)
     for _ in range(1 + SKETCHES):
         q = torch.linalg.qr((g @ projected).to(float64))[0]
         projected = g.mT @ q.to(g.dtype)
@@ -376,24 +377,43 @@ def leading(g: Tensor, rank: int) -> Tensor:
     return (q @ eigenvectors(inside, torch.eye(width, dtype=float64, device=g.device)))[:, :rank]
 
 
-def filled(vectors: Tensor, g: Tensor, eps: float) -> Tensor:
-    """Singular vectors of g (d, n), in the columns (d, r), the largest first; in place of those that are but rounding
-    such as leave all that is orthogonal to the others in coordinates close to its own. So Q is a smooth function of g.
+def known(vectors: Tensor, g: Tensor, eps: float) -> Tensor:
+    """Those of the singular vectors of a gradient g (d, n), in the columns (d, r), that are not but rounding.
+
+    Bases start with these, and with others that are smooth functions of g: a decomposition would have others of each
+    rounding, and a training would hang on them.
 
     Args:
-        vectors: in float64.
+        vectors: in float64, the largest first.
         g: the gradient.
         eps: its rounding.
     """
-    d, r = vectors.shape
     values = (g.mT @ vectors.to(g.dtype)).to(vectors.dtype).square().sum(0)
-    rounding = max((8 * eps) ** 2, torch.finfo(vectors.dtype).eps) * d
-    rank = int((values > rounding * values.max()).sum())
-    if rank in (0, r):
+    rounding = max((8 * eps) ** 2, torch.finfo(vectors.dtype).eps) * len(vectors)
+    return vectors[:, : max(1, int((values > rounding * values.max()).sum()))]
+
+
+def with_own_others(vectors: Tensor, rank: int) -> Tensor:
+    """Orthonormal vectors (d, k) and others, (d, rank) in all, that leave what is orthogonal to them in coordinates
+    close to its own."""
+    d, k = vectors.shape
+    if k == rank:
         return vectors
-    known = vectors[None, :, :rank].contiguous()
-    basis = LowRank(Side(0, d, rank), torch.zeros_like(known), known)
-    return basis.back_(torch.eye(d, r, dtype=vectors.dtype, device=vectors.device)[None])[0]
+    basis = LowRank(Side(0, d, k), torch.zeros_like(vectors)[None], vectors[None].contiguous())
+    return basis.back_(torch.eye(d, rank, dtype=vectors.dtype, device=vectors.device)[None])[0]
+
+
+def with_random_others(vectors: Tensor) -> Tensor:
+    """Orthonormal vectors (d, k) and others in random directions, always the same ones, (d, d) in all.
+
+    Where a gradient of low rank is followed by others, each of these coordinates has a share of what is new.
+    """
+    d, k = vectors.shape
+    generator = torch.Generator("cpu").manual_seed(0)
+    others = torch.randn(d, d - k, generator=generator, dtype=torch.float64, device="cpu").to(vectors)
+    for _ in range(2):  # the second time for what rounding has left
+        others = torch.linalg.qr(others - vectors @ (vectors.mT @ others))[0]
+    return torch.cat([vectors, others], dim=1)
 
 
 def eigenvectors(average: Tensor, fallback: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lodo.context import Cohort, Context
 from lodo.declarations import Dtype, Kind, Options, Slot
-from lodo.parts.bases import Basis, Cell, basis_of, batched, numbers_of, sides_of
+from lodo.parts.bases import Basis, Member, basis_of, batched, numbers_of, sides_of
 from lodo.parts.part import Layout, Undone
 from lodo.parts.record import taken_back
 from lodo.parts.second_moment import SecondMoment, forget_rate
@@ -71,7 +71,7 @@ class Eigenbasis(SecondMoment):
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
         super().__init__(layout, tensors, options)
-        self._batches = [_Batch(cells, tensors) for cells in batched(layout.shapes)]
+        self._batches = [_Batch(members, tensors) for members in batched(layout.shapes)]
 
     def _rotated(self) -> set[int]:
         return {place for place, sides in enumerate(sides_of(self.layout.shapes)) if sides}
@@ -79,7 +79,7 @@ class Eigenbasis(SecondMoment):
     def start_(self, missing: Mapping[str, Sequence[int]], x: Sequence[Tensor]) -> None:
         absent = set(missing["eigenbasis"])
         for batch in self._batches:
-            if absent & {cell.place for cell in batch.cells}:
+            if absent & {member.place for member in batch.members}:
                 batch.begin_(absent)
 
     def rotate(self, v: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Eigenbasis(SecondMoment):
         rotated = self.rotate(g) if rotated is None else rotated
         with _own_precision(g):
             for batch in self._batches:
-                own = [plans.get(cell.place) for cell in batch.cells]
+                own = [plans.get(member.place) for member in batch.members]
                 batch.update_(own, batch.of(g), batch.of(rotated), [batch.of(vector) for vector in kept])
         return rotated
 
@@ -118,8 +118,8 @@ class Eigenbasis(SecondMoment):
         new = None if undone is None else taken_back(undone, slack=1e-5) & (undone.step * g > 0)
         for batch in self._batches:
             gradients, news = batch.of(g), None if new is None else batch.of(new)
-            for one, cell in enumerate(batch.cells):
-                cohort = at.cohort_of(cell.place)
+            for one, member in enumerate(batch.members):
+                cohort = at.cohort_of(member.place)
                 if cohort.active:
                     is_patient = bool(int(cohort.steps) % PATIENCE)
                     batch.hold_(one, gradients[one], None if news is None else news[one], is_patient)
@@ -146,8 +146,9 @@ class _Plan(NamedTuple):
 
 def phase_of(shape: tuple[int, int], axis: int) -> float:
     """The share of an interval, [0, 1), by which the bases of one side of such matrices are renewed earlier: so that no
-    step renews all. It hangs on a tensor's shape alone, for its steps must not hang on which others are in its group or
-    on its rank. The two sides are half an interval apart, shapes by the golden section, which spreads any of them."""
+    step renews all. It hangs on a tensor's shape alone, for its steps must not hang on which others are in its group,
+    or on which process it is. The two sides are half an interval apart, shapes by the golden section, which spreads any
+    of them."""
     rows, columns = shape
     return (GOLDEN * (rows + 3 * columns) + axis / 2) % 1
 
@@ -156,44 +157,44 @@ class _Batch:
     """Tensors of one shape (rows, columns) that lie at equal distances in the group, and their bases.
 
     Attributes:
-        cells: where they are.
+        members: where they are.
         held: those, by their number in the batch, with elements that a bound holds.
     """
 
-    def __init__(self, cells: Sequence[Cell], tensors: Mapping[str, Tensor]) -> None:
-        self.cells = cells
-        self._distance = cells[1].start - cells[0].start if len(cells) > 1 else 0
+    def __init__(self, members: Sequence[Member], tensors: Mapping[str, Tensor]) -> None:
+        self.members = members
+        self._distance = members[1].start - members[0].start if len(members) > 1 else 0
         self._square, self._seen = self.of(tensors["exp_avg_sq"]), self.of(tensors["seen"])
         self._bases: list[Basis] = []
-        self._phases = [phase_of(cells[0].shape, side.axis) for side in cells[0].sides]
+        self._phases = [phase_of(members[0].shape, side.axis) for side in members[0].sides]
         used = 0
-        apart = cells[1].packed - cells[0].packed if len(cells) > 1 else 0
-        for side in cells[0].sides:
-            size = (len(cells), side.length, side.rank)
-            place = size, (apart, side.rank, 1), cells[0].packed + used
+        apart = members[1].packed - members[0].packed if len(members) > 1 else 0
+        for side in members[0].sides:
+            size = (len(members), side.length, side.rank)
+            place = size, (apart, side.rank, 1), members[0].packed + used
             self._bases.append(
                 basis_of(side, *(tensors[name].as_strided(*place) for name in ("factors", "eigenbasis")))
             )
             used += side.size
         # Those whose basis is still to come, with their first gradient, and those with elements that M leaves out.
-        numbers = range(len(cells))
+        numbers = range(len(members))
         self._unstarted = {one for one in numbers if not self._seen[one].any()}
         self._masked = {one for one in numbers if bool((self._seen[one] != SEEN).any())}
         self.held = {one for one in numbers if bool((self._seen[one] > SEEN).any())}
 
     def of(self, vectors: Tensor) -> Tensor:
         """The tensors' own of contiguous vectors (..., n), as matrices (..., b, rows, columns) in the same memory."""
-        rows, columns = self.cells[0].shape
+        rows, columns = self.members[0].shape
         lead = vectors.shape[:-1], vectors.stride()[:-1]
         return vectors.as_strided(
-            (*lead[0], len(self.cells), rows, columns),
+            (*lead[0], len(self.members), rows, columns),
             (*lead[1], self._distance, columns, 1),
-            vectors.storage_offset() + self.cells[0].start,
+            vectors.storage_offset() + self.members[0].start,
         )
 
     def begin_(self, places: Container[int]) -> None:
         """Makes the bases of the tensors at some places the identity."""
-        ones = [one for one, cell in enumerate(self.cells) if cell.place in places]
+        ones = [one for one, member in enumerate(self.members) if member.place in places]
         for basis in self._bases:
             basis.begin_(ones)
 

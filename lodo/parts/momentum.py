@@ -75,7 +75,7 @@ class Momentum(Part):
 
     @property
     def in_coordinates(self) -> list[Tensor]:
-        """All that is to be turned with the coordinates of G, shape (..., n)."""
+        """All that is to be turned with the coordinates of G, each of shape (n,)."""
         return [self.m] if self.trace is None else [self.trace, self.m]
 
     def average_(self, g: Tensor, at: Context) -> None:

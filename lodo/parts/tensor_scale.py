@@ -9,7 +9,8 @@ s_j is judged by all the steps that lately were taken, not by the last one alone
 of the loss where the steps have led, each counted by its age, if G mixes no parameters; if it does, the effect of a
 parameter's gradient on the others' steps counts for them. A scale learned from the last step alone would fall too early
 under noise (short-horizon bias). But steps that were much longer than they are now tell little of the scale as it is:
-where lr * S falls, E falls along, so that no step in it counts as more than LONGER times as long as it would be now.
+where lr * S has fallen to less than a LONGER-th of its largest value, E falls along from there on, so that no step in
+it counts as more than LONGER times as long as it would be now.
 Otherwise long steps across a minimum would drive a scale down for hundreds of steps after it has become short. Steps
 that somebody takes back, as a projection does, are taken out of E too.
 
@@ -34,7 +35,7 @@ from lodo.parts.record import kept_share, taken_back
 from lodo.scalars import decay_and_add_, is_tensor, where
 
 LARGEST_LOG = math.log(1e8)  # of S: nothing that judges it may drive it beyond
-LONGER = 4.0  # times the present lr * S, that a step in the trace may have been made with
+LONGER = 20.0  # times the present lr * S, that a step in the trace may have been made with
 
 
 class TensorScale(Part):

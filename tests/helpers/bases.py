@@ -36,7 +36,7 @@ def completed(vectors):
 def renewed(columns, vectors):
     """The basis after one orthogonal iteration, from A V and V (d, r): null spaces keep their coordinates."""
     scaled = columns / (completed(vectors).T @ columns).abs().max()
-    shifts = (1e-4 * scaled.norm(dim=0)).clamp(min=4 * torch.finfo(columns.dtype).eps)
+    shifts = (1e-6 * scaled.norm(dim=0)).clamp(min=4 * torch.finfo(columns.dtype).eps)
     q, triangle = torch.linalg.qr(scaled + shifts * vectors)
     return torch.where(triangle.diagonal() < 0, -q, q)
 

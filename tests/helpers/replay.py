@@ -129,7 +129,6 @@ class Replay:
             return torch.bfloat16 if self.options[option] == "bfloat16" else self.dtype
         kinds = {
             "seen": torch.uint8,
-            "pivots": torch.int32,
             **dict.fromkeys(WIDE, torch.float64),
             **dict.fromkeys(INTEGERS, torch.int64),
         }

@@ -56,7 +56,7 @@ def test_a_scale_that_was_too_large_comes_back(size):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert max(losses[100:300]) > 0.1  # it did jump
-    assert losses[-1] < 1e-3
+    assert losses[-1] < 1e-2
 
 
 @pytest.mark.parametrize("small", [1e-2, 1e-3])
