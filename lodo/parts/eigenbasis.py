@@ -102,7 +102,7 @@ class Eigenbasis(SecondMoment):
         with _own_precision(g):
             for batch in self._batches:
                 own = [plans.get(member.place) for member in batch.members]
-                batch.update_(own, batch.of(g), batch.of(rotated), [batch.of(vector) for vector in kept])
+                batch.update_(own, batch.of(g), batch.of(rotated), kept)
         return rotated
 
     def correct_(self, g: Tensor, undone: Undone | None, at: Context) -> None:
@@ -223,7 +223,7 @@ class _Batch:
                 continue
             for basis, phase in zip(self._bases, self._phases, strict=True):
                 if plan.is_due(phase) and basis.is_off(one):
-                    basis.refresh_(one, [x[one] for x in (rotated, *kept)], self._square[one])
+                    basis.refresh_(one, [rotated[one], *(self.of(vector)[one] for vector in kept)], self._square[one])
 
     def _start_(self, plans: Sequence[_Plan | None], g: Tensor) -> set[int]:
         """Makes the bases of first gradients that are not zero; returns whose."""

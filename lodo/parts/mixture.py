@@ -82,6 +82,9 @@ class Mixture(Momentum):
         self.decays = tuple(options["momentum_decays"])
         self._decays = torch.tensor(self.decays, dtype=self.table.dtype, device=self.table.device)
         self._lengths = layout.lengths
+        # One with a decay of zero is the gradient, which each step writes anew.
+        lasting = [momentum for momentum, decay in zip(self.momenta, self.decays, strict=True) if decay > 0]
+        self._in_coordinates = lasting if self.trace is None else [self.trace, *lasting]
 
     def start_(self, missing: Mapping[str, Sequence[int]], x: Sequence[Tensor]) -> None:
         super().start_(missing, x)
@@ -101,9 +104,7 @@ class Mixture(Momentum):
 
     @property
     def in_coordinates(self) -> list[Tensor]:
-        # One with a decay of zero is the gradient, which each step writes anew.
-        momenta = [momentum for momentum, decay in zip(self.momenta, self.decays, strict=True) if decay > 0]
-        return momenta if self.trace is None else [self.trace, *momenta]
+        return self._in_coordinates
 
     def learn_from_response_(self, response: Tensor, at: Context) -> None:
         """Moves the weights along the hypergradient; lr is left out, for a size that all steps have in common tells
