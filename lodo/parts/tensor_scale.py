@@ -32,7 +32,7 @@ from lodo.declarations import Dtype, Kind, Option, Options, Slot, as_float, numb
 from lodo.inner_optimizer import ROWS, Descent, descend_, descent, descent_per_parameter
 from lodo.parts.part import Layout, Part, Undone
 from lodo.parts.record import kept_share, taken_back
-from lodo.scalars import Number, decay_and_add_, is_tensor, where
+from lodo.scalars import decay_and_add_, is_tensor, where
 
 LARGEST_LOG = math.log(1e8)  # of S: nothing that judges it may drive it beyond
 LONGER = 20.0  # times the present lr * S, that a step in the trace may have been made with
@@ -120,9 +120,9 @@ class TensorScale(Part):
     def _shorten_trace_(self, at: Context) -> None:
         """Lets no step in the trace count as longer than LONGER times what it would be now."""
         lr = at.per_parameter(lambda cohort: where(cohort.active, at.lr, 0.0), self.peak)
-        if self._is_long_enough(lr):
-            return
         length = self.factors().mul_(lr)
+        if self._is_long_enough(length):
+            return
         peak = torch.maximum(self.trace_peak, length)
         # A step of no length, which a schedule may begin or end with, tells nothing.
         shares = torch.where((length > 0) & (peak > 0), (LONGER * length / peak).clamp_(max=1), 1.0)
@@ -132,16 +132,15 @@ class TensorScale(Part):
         elif bool((shares < 1).any()):
             torch._foreach_mul_(list(self.trace.split(self._lengths)), shares.tolist())
 
-    def _is_long_enough(self, lr: Number | Tensor) -> bool:
+    def _is_long_enough(self, length: Tensor) -> bool:
         """Whether there is nothing to shorten, as in nearly all steps; then it keeps the peaks. On the CPU alone."""
-        if self.trace.device.type != "cpu" or is_tensor(lr):
+        if self.trace.device.type != "cpu":
             return False
-        logs, peaks = self.table[0].tolist(), self.trace_peak.tolist()
-        lengths = [lr * math.exp(min(max(log, -LARGEST_LOG), LARGEST_LOG)) for log in logs]
-        if any(0 < LONGER * length < peak for length, peak in zip(lengths, peaks, strict=True)):
+        pairs = [*zip(length.tolist(), self.trace_peak.tolist(), strict=True)]
+        if any(0 < LONGER * own < peak for own, peak in pairs):
             return False
-        if any(length > peak for length, peak in zip(lengths, peaks, strict=True)):
-            self.trace_peak.copy_(torch.tensor([*map(max, lengths, peaks)], dtype=torch.float64, device="cpu"))
+        if any(own > peak for own, peak in pairs):
+            torch.maximum(self.trace_peak, length, out=self.trace_peak)
         return True
 
     def times(self, vector: Tensor, power: float) -> Tensor:
