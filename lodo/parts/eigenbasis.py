@@ -182,15 +182,11 @@ class _Batch:
         self._masked = {one for one in numbers if bool((self._seen[one] != SEEN).any())}
         self.held = {one for one in numbers if bool((self._seen[one] > SEEN).any())}
 
-    def of(self, vectors: Tensor) -> Tensor:
-        """The tensors' own of contiguous vectors (..., n), as matrices (..., b, rows, columns) in the same memory."""
+    def of(self, vector: Tensor) -> Tensor:
+        """The tensors' own of a contiguous vector (n,), as matrices (b, rows, columns) in the same memory."""
         rows, columns = self.members[0].shape
-        lead = vectors.shape[:-1], vectors.stride()[:-1]
-        return vectors.as_strided(
-            (*lead[0], len(self.members), rows, columns),
-            (*lead[1], self._distance, columns, 1),
-            vectors.storage_offset() + self.members[0].start,
-        )
+        begin = vector.storage_offset() + self.members[0].start
+        return vector.as_strided((len(self.members), rows, columns), (self._distance, columns, 1), begin)
 
     def begin_(self, places: Container[int]) -> None:
         """Makes the bases of the tensors at some places the identity."""

@@ -127,10 +127,9 @@ class TensorScale(Part):
         # A step of no length, which a schedule may begin or end with, tells nothing.
         shares = torch.where((length > 0) & (peak > 0), (LONGER * length / peak).clamp_(max=1), 1.0)
         self.trace_peak.copy_(peak * shares)
-        if self.trace.device.type != "cpu":
-            torch._foreach_mul_(list(self.trace.split(self._lengths)), list(shares.to(self.trace.dtype).unbind()))
-        elif bool((shares < 1).any()):
-            torch._foreach_mul_(list(self.trace.split(self._lengths)), shares.tolist())
+        on_host = self.trace.device.type == "cpu"
+        factors = shares.tolist() if on_host else list(shares.to(self.trace.dtype).unbind())
+        torch._foreach_mul_(list(self.trace.split(self._lengths)), factors)
 
     def _is_long_enough(self, length: Tensor) -> bool:
         """Whether there is nothing to shorten, as in nearly all steps; then it keeps the peaks. On the CPU alone."""

@@ -10,8 +10,7 @@ from torch import nn
 import lodo
 from lodo.parts import bases
 from lodo.parts.bases import LowRank, Side, Whole, batched, leading, rank_of, sides_of
-from lodo.parts.eigenbasis import phase_of
-from tests.helpers.bases import as_matrix, completed, dense_basis, factors_in, renewed
+from tests.helpers.bases import DenseSoap, completed, dense_basis, eye, factors_in
 from tests.helpers.parts import backward, flat, state_of
 from tests.helpers.parts import made as made_params
 
@@ -42,75 +41,6 @@ def narrow(monkeypatch):
 def eager(monkeypatch):
     """What is close to an eigenvector is renewed too."""
     monkeypatch.setattr(bases, "TOLERANCE", 0.0)
-
-
-def eye(d):
-    return torch.eye(d, dtype=torch.float64)
-
-
-class DenseSoap:
-    """SOAP (Vyas et al., 2024) with factors of each tensor, and dense matrices for all of R^n. Of two gradients one
-    goes into the factors, with the weight of both, so that these forget as fast as they would by taking every one. The
-    basis begins with the first gradient that is not zero, each is renewed at steps of its own, and v is carried over
-    into a new one."""
-
-    def __init__(self, shapes, sides, x):
-        self.shapes, self.sides, self.x = shapes, sides, x.clone()
-        self.factors = [{axis: [torch.zeros(d, r).double(), eye(d)[:, :r]] for axis, d, r in own} for own in sides]
-        self.m, self.v = torch.zeros_like(x), torch.zeros_like(x)
-        self.has_begun = False
-
-    def step(self, g, lr, t, found):
-        """`found`: the factors of the optimizer, of which the first basis is taken, for eigenvectors are not unique."""
-        is_first, self.has_begun = bool(g.any()) and not self.has_begun, self.has_begun or bool(g.any())
-        parts, carried = g.split([torch.Size(shape).numel() for shape in self.shapes]), []
-        for shape, part, own, theirs in zip(self.shapes, parts, self.factors, found, strict=True):
-            matrix = part.view(as_matrix(shape))
-            turns = [eye(d) for d in matrix.shape]
-            for axis, factor in own.items():
-                square = matrix @ matrix.T if axis == 0 else matrix.T @ matrix
-                if is_first:
-                    factor[1] = theirs[axis][1].clone()
-                    check_first(square, factor[1])
-                is_low = len(factor[0].T) < len(factor[0])
-                if is_first or t % 2 == 0:
-                    factor[0] = 0.999**2 * factor[0] + (1 - 0.999**2) * (square @ factor[1] if is_low else square)
-                if not is_first and (t + int(10 * phase_of(matrix.shape, axis))) % 10 == 0 and self.has_begun:
-                    turns[axis] = renew(factor)
-            carried.append(torch.kron(*turns))
-        self.v = torch.block_diag(*(each for each in carried if each.numel())) @ self.v
-        q = dense_basis(self.shapes, self.factors)
-        self.v = 0.999 * self.v + 0.001 * (q.T @ g) ** 2
-        self.m = 0.9 * self.m + 0.1 * g
-        d = 1 / ((self.v / (1 - 0.999**t)).sqrt() + 1e-8)
-        sizes = [torch.Size(shape).numel() for shape in self.shapes]
-        for v, part, own in zip(self.v.split(sizes), d.split(sizes), self.factors, strict=True):
-            part[v <= (1e-14**2 * v.sum() if own else 0)] = 0  # rounding takes no step
-        self.g = q @ d.diag() @ q.T
-        self.x -= lr / (1 - 0.9**t) * self.g @ self.m
-
-
-def check_first(square, vectors):
-    """Of the first gradient they are the leading eigenvectors, the largest first; of low rank about these."""
-    values, is_low = torch.linalg.eigvalsh(square).flip(0), len(vectors.T) < len(vectors)
-    turned = vectors.T @ square @ vectors
-    torch.testing.assert_close(turned, turned.diagonal().diag(), rtol=0, atol=1e-11)
-    torch.testing.assert_close(turned.diagonal(), values[: len(turned)], rtol=0.02 if is_low else 1e-9, atol=1e-11)
-
-
-def renew(factor):
-    """Renews a basis; returns the shares of the old coordinates' v in the new ones', (d, d)."""
-    average, vectors = factor
-    d, r = vectors.shape
-    factor[1] = renewed(average @ vectors if r == d else average, vectors)
-    turn = factor[1].T @ vectors
-    if r == d:
-        return turn**2
-    factor[0] = average @ turn.T
-    shares = eye(d)
-    shares[:r] = (1 - (turn**2).sum(1))[:, None] / (d - r)
-    shares[:r, :r] = turn**2
-    return shares
 
 
 def check_soap(case, zeros):
@@ -395,7 +325,7 @@ def test_tensors_of_one_shape_at_equal_distances_are_a_batch():
 
 
 def test_a_long_side_learns_what_a_whole_basis_does(monkeypatch):
-    """A regression whose inputs lie in a few directions: with bases of low rank it is solved about as soon."""
+    """On a regression whose inputs lie in a few directions, which the leading vectors hold, training goes alike."""
 
     def trained():
         torch.manual_seed(0)
@@ -415,7 +345,7 @@ def test_a_long_side_learns_what_a_whole_basis_does(monkeypatch):
     monkeypatch.setattr(bases, "WORK", 10**9)
     monkeypatch.setattr(bases, "SMALL", 10**9)
     whole = trained()
-    assert low < whole + 1.5
+    assert low == pytest.approx(whole, abs=0.05)
 
 
 def test_no_step_renews_all_bases(eager):
