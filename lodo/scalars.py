@@ -107,6 +107,11 @@ def norm(vector: Tensor) -> Number:
     return Cell(torch.linalg.vector_norm(vector, dtype=wide(vector.device))).get()
 
 
+def energies(vector: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The sum of squares of each of the parts that a vector is cut into, shape (k,), with no overflow in between."""
+    return torch.stack(torch._foreach_norm(list(vector.split(lengths)), dtype=wide(vector.device))).square_()
+
+
 def where(condition: Number, yes: Number, no: Number) -> Number:
     """`yes` if the condition holds else `no`, without reading a condition on an accelerator."""
     if is_tensor(condition):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lodo.context import Context
 from lodo.parts import Undone
-from lodo.parts.record import kept_share
+from lodo.parts.record import judged_share
 from lodo.scalars import Number, is_tensor, norm, where
 from lodo.state.group_state import GroupState
 
@@ -84,7 +84,7 @@ def look_back(live: GroupState, at: Context, params: list[Tensor]) -> Tensor | N
         undone = Undone(change, step, live.x.abs().mul_(2 * live.flat.coarsest))
     for part in live.parts:
         part.correct_(live.gradient, undone, at)
-    return None if undone is None else kept_share(undone.step, undone.change)
+    return None if undone is None else judged_share(undone)
 
 
 def gradient_with_decay(live: GroupState, at: Context) -> Tensor:

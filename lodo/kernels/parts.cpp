@@ -38,6 +38,7 @@ struct Cohort {
   double square_weight, square_bias, inverse_unit;
   Descent scale, mixture;
   double steps_behind;
+  double step_weight, brake;
 };
 
 struct Group {
@@ -56,11 +57,15 @@ struct Group {
   double *scale, *scale_peak;
   const void *step_trace;
   double largest_log_scale;
+  double *progress;
+  double clear, sure, clear_fall;
   void *momenta;
   double *mixture;
   const double *decays;
   int64_t decay_count;
   double coast, largest_logit;
+  double *recent_energy;
+  double recent_weight, long_momentum;
 };
 
 struct Chunk {
@@ -183,17 +188,39 @@ void learn_mixture(const Group &group, const Cohort &by, int64_t j, double *prod
   descend(table, decays, h.data(), by.mixture, group.tiny, group.largest_logit);
 }
 
-// Lines 1 and 2: the response S^-1 diagonal g to a gradient teaches the mixture, and with the judged vector the network.
+// `lodo.parts.tensor_scale.TensorScale.learn_from_step_` for a parameter, from <g, step>, <g, g> and <step, step>.
+void learn_from_step(const Group &group, const Cohort &by, int64_t j, const double *products) {
+  double &s = group.scale[3 * j], &progress = group.progress[j];
+  const double cosine = products[0] / std::sqrt(products[1] * products[2]);
+  if (by.step_weight > 0 && std::isfinite(cosine)) {
+    progress += by.step_weight * (std::clamp(cosine, -1.0, 1.0) - progress);
+    const double excess = std::max((-group.clear_fall - progress) / (1 - group.clear_fall), 0.0);
+    s = std::clamp(s - by.brake * excess, -group.largest_log_scale, group.largest_log_scale);
+  }
+  group.scale_peak[j] = std::max(group.scale_peak[j], by.peak_lr * std::exp(s));
+}
+
+// Lines 1 and 2: a gradient and the last step teach the scales, the response S^-1 diagonal g to it the mixture, and with
+// the judged vector the network.
 template <typename T> void learn_all(const Group &group, const Cohort *cohorts, const T *g, const T *judged) {
   const Cut cut(group);
   const int64_t n = group.offsets[group.parameters], decays = group.decay_count;
   const T *diagonal = static_cast<const T *>(group.diagonal), *momenta = static_cast<const T *>(group.momenta);
   std::vector<double> parts(cut.chunks.size() * decays), products(decays * group.parameters);
+  std::vector<double> of_steps(3 * cut.chunks.size()), judged_steps(3 * group.parameters);
   cut.each([&](int64_t i, const Chunk &at) {
     const Cohort &by = cohorts[group.cohort[at.tensor]];
     if (by.active == 0) return;
     T response[kChunk];
     const int64_t count = at.end - at.first;
+    if (group.scale != nullptr) {
+      const T *m = static_cast<const T *>(group.momentum) + at.first;
+#pragma omp simd
+      for (int64_t k = 0; k < count; ++k) response[k] = diagonal[at.first + k] * m[k];
+      of_steps[3 * i] = dot(g + at.first, response, count);
+      of_steps[3 * i + 1] = energy(g + at.first, count);
+      of_steps[3 * i + 2] = energy(response, count);
+    }
     const T inverse = factor<T>(group, at.tensor, -1.0);
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) response[k] = diagonal[at.first + k] * (inverse * g[at.first + k]);
@@ -208,6 +235,12 @@ template <typename T> void learn_all(const Group &group, const Cohort *cohorts, 
                    T(rates.forget2), T(group.theta_eps), T(group.largest_theta)},
           at.first, count, response);
   });
+  if (group.scale != nullptr) {
+    for (size_t i = 0; i < cut.chunks.size(); ++i)
+      for (int64_t p = 0; p < 3; ++p) judged_steps[3 * cut.chunks[i].tensor + p] += of_steps[3 * i + p];
+    for (int64_t j = 0; j < group.parameters; ++j)
+      learn_from_step(group, cohorts[group.cohort[j]], j, judged_steps.data() + 3 * j);
+  }
   if (decays == 0) return;
   for (size_t i = 0; i < cut.chunks.size(); ++i)
     for (int64_t b = 0; b < decays; ++b) products[cut.chunks[i].tensor * decays + b] += parts[i * decays + b];
@@ -265,10 +298,10 @@ void take_in(T *__restrict momentum, const T *__restrict g, Forgetting<T> forget
 }
 
 template <typename T>
-void take_in_and_add(T *__restrict momentum, const T *__restrict g, Forgetting<T> forgetting, T *__restrict sum,
-                     T share, int64_t count) {
+void take_in_and_add(T *__restrict momentum, const T *__restrict g, Forgetting<T> forgetting, T factor,
+                     T *__restrict sum, T share, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) sum[i] += share * (momentum[i] = forgetting(momentum[i], g[i]));
+  for (int64_t i = 0; i < count; ++i) sum[i] += share * (momentum[i] = factor * forgetting(momentum[i], g[i]));
 }
 
 // e <- trace * e + m, unless e is null; step = lr * diagonal * m.
@@ -317,9 +350,43 @@ void follow(const Group &group, const Cohort *cohorts, const Cut &cut, const std
   squares = by_tensor(cut, parts, int64_t(squares.size()));
 }
 
+// `lodo.parts.mixture.Mixture._is_stale`: what each momentum of each parameter is to be multiplied by; takes the
+// gradient into the energy of the recent ones.
+template <typename T>
+std::vector<double> coasting(const Group &group, const Cohort *cohorts, const Cut &cut, const T *g) {
+  const int64_t n = group.offsets[group.parameters], decays = group.decay_count;
+  std::vector<double> factors(decays * group.parameters, 1.0);
+  if (decays == 0 || g == nullptr) return factors;
+  const int64_t stride = decays + 1; // the momenta's energies, and the gradient's
+  std::vector<double> parts(stride * cut.chunks.size()), sums(stride * group.parameters);
+  cut.each([&](int64_t i, const Chunk &at) {
+    const int64_t count = at.end - at.first;
+    for (int64_t b = 0; b < decays; ++b)
+      if (group.decays[b] > group.coast)
+        parts[stride * i + b] = energy(static_cast<const T *>(group.momenta) + b * n + at.first, count);
+    parts[stride * i + decays] = energy(g + at.first, count);
+  });
+  for (size_t i = 0; i < cut.chunks.size(); ++i)
+    for (int64_t p = 0; p < stride; ++p) sums[stride * cut.chunks[i].tensor + p] += parts[stride * i + p];
+  for (int64_t j = 0; j < group.parameters; ++j) {
+    const Cohort &by = cohorts[group.cohort[j]];
+    if (by.active == 0) continue;
+    double &recent = group.recent_energy[j];
+    recent += (recent == 0 ? 1.0 : group.recent_weight) * (sums[stride * j + decays] - recent);
+    const bool is_idle = group.idle != nullptr && group.idle[j];
+    for (int64_t b = 0; b < decays; ++b) {
+      const double most = group.long_momentum * (1 - std::pow(group.decays[b], by.steps_behind));
+      if (group.decays[b] > group.coast && (is_idle || sums[stride * j + b] > most * most * recent))
+        factors[decays * j + b] = group.coast / group.decays[b];
+    }
+  }
+  return factors;
+}
+
 // Line 3 for a chunk: a gradient goes into the momentum, or into the momenta and their mixture.
 template <typename T>
-void average(const Group &group, const Cohort &by, const Chunk &at, const T *g, const double *shares) {
+void average(const Group &group, const Cohort &by, const Chunk &at, const T *g, const double *shares,
+             const double *factors) {
   const int64_t n = group.offsets[group.parameters], first = at.first, count = at.end - at.first;
   T *__restrict m = static_cast<T *>(group.momentum) + first;
   if (group.decay_count == 0) {
@@ -327,10 +394,9 @@ void average(const Group &group, const Cohort &by, const Chunk &at, const T *g, 
     return;
   }
   std::fill(m, m + count, T(0));
-  const double most = group.idle != nullptr && group.idle[at.tensor] ? group.coast : 1.0;
   for (int64_t b = 0; b < group.decay_count; ++b)
-    take_in_and_add(static_cast<T *>(group.momenta) + b * n + first, g + first,
-                    Forgetting<T>(std::min(group.decays[b], most)), m, T(shares[b]), count);
+    take_in_and_add(static_cast<T *>(group.momenta) + b * n + first, g + first, Forgetting<T>(group.decays[b]),
+                    T(factors[b]), m, T(shares[b]), count);
 }
 
 // The weights of the mixtures, each over the momentum's correction for its start at zero, by parameter and decay.
@@ -347,7 +413,7 @@ std::vector<double> corrected(const Group &group, const Cohort *cohorts) {
 
 // Lines 3 and 4: a gradient goes into second moment and momentum, the momentum into its trace, and the step is
 // lr * diagonal * m. The diagonal comes in as that of the network. Where the cohort is not active it is completed, and
-// the step is zero. Momenta of parameters that are `idle` decay at least as fast as `coast`.
+// the step is zero.
 template <typename T> void advance(const Group &group, const Cohort *cohorts) {
   const T *g = static_cast<const T *>(group.gradient);
   T *diagonal = static_cast<T *>(group.diagonal), *step = static_cast<T *>(group.step);
@@ -355,6 +421,7 @@ template <typename T> void advance(const Group &group, const Cohort *cohorts) {
   T *momentum = static_cast<T *>(group.momentum);
   const std::vector<double> shares = corrected(group, cohorts);
   const Cut cut(group);
+  const std::vector<double> factors = coasting(group, cohorts, cut, g);
   std::vector<double> square_parts(cut.chunks.size()), momentum_parts(cut.chunks.size());
   cut.each([&](int64_t i, const Chunk &at) {
     const Cohort &by = cohorts[group.cohort[at.tensor]];
@@ -363,7 +430,8 @@ template <typename T> void advance(const Group &group, const Cohort *cohorts) {
     if (square != nullptr)
       square_parts[i] = take_in_square<T>(square + at.first, is_active ? g + at.first : nullptr, T(by.square_weight), count);
     if (!is_active) return;
-    average<T>(group, by, at, g, shares.data() + group.decay_count * at.tensor);
+    const int64_t row = group.decay_count * at.tensor;
+    average<T>(group, by, at, g, shares.data() + row, factors.data() + row);
     if (square != nullptr) momentum_parts[i] = energy<T>(momentum + at.first, count);
   });
   std::vector<double> squares = by_tensor(cut, square_parts, group.parameters);
@@ -393,9 +461,11 @@ template <typename T> void learn_parts(const Group &group, const Cohort *cohorts
   cut.each([&](int64_t i, const Chunk &at) { parts[i] = dot(g + at.first, trace + at.first, at.end - at.first); });
   for (size_t i = 0; i < cut.chunks.size(); ++i) h[cut.chunks[i].tensor] -= parts[i];
   for (int64_t j = 0; j < group.parameters; ++j) {
-    const Cohort &by = cohorts[group.cohort[j]];
-    descend(group.scale + 3 * j, 1, &h[j], by.scale, group.tiny, group.largest_log_scale);
-    group.scale_peak[j] = std::max(group.scale_peak[j], by.peak_lr * std::exp(group.scale[3 * j]));
+    double &s = group.scale[3 * j];
+    const double before = s;
+    descend(&s, 1, &h[j], cohorts[group.cohort[j]].scale, group.tiny, group.largest_log_scale);
+    const double doubt = 1 - std::clamp((group.progress[j] - group.clear) / (group.sure - group.clear), 0.0, 1.0);
+    if (s < before && doubt < 1) s = before + doubt * (s - before);
   }
 }
 

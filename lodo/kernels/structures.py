@@ -30,6 +30,8 @@ class Cohort(ctypes.Structure):
         ("scale", Descent),
         ("mixture", Descent),
         ("steps_behind", ctypes.c_double),
+        ("step_weight", ctypes.c_double),
+        ("brake", ctypes.c_double),
     ]
 
 
@@ -66,6 +68,10 @@ class Group(ctypes.Structure):
         ("scale_peak", ctypes.c_void_p),
         ("step_trace", ctypes.c_void_p),
         ("largest_log_scale", ctypes.c_double),
+        ("progress", ctypes.c_void_p),
+        ("clear", ctypes.c_double),
+        ("sure", ctypes.c_double),
+        ("clear_fall", ctypes.c_double),
         # The learned mixture of momenta.
         ("momenta", ctypes.c_void_p),
         ("mixture", ctypes.c_void_p),
@@ -73,6 +79,9 @@ class Group(ctypes.Structure):
         ("decay_count", ctypes.c_int64),
         ("coast", ctypes.c_double),
         ("largest_logit", ctypes.c_double),
+        ("recent_energy", ctypes.c_void_p),
+        ("recent_weight", ctypes.c_double),
+        ("long_momentum", ctypes.c_double),
     ]
 
 

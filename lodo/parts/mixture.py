@@ -8,8 +8,12 @@ softmax of u_j on parameter j, are judged as theta is, by the gradient where the
     u_jb <- u_jb - min(mix_lr, RATE_CAP / t) * Adam's normalised h_jb,    |u_jb| <= 30
                                                                             (`lodo.inner_optimizer.descend_`)
 
-All m_b are corrected for their start at zero. While the gradient of a parameter is zero its momenta decay by COAST or
-faster, so that it moves on for no longer than it would with Adam.
+All m_b are corrected for their start at zero. None is to outlive what it is made of: while the gradient of a parameter
+is zero, or m_b is about as long as its gradients were of late (LONG), what m_b holds decays by COAST or faster.
+Averages of noisy gradients are much shorter than these, and are left alone. But gradients that all point one way need
+no long average, and as they fall by orders of magnitude the old ones in it would come to outweigh all new ones: they
+would carry the parameter far across its minimum, and let it come no closer than they are forgotten. And without a
+gradient a parameter moves on for no longer than it would with Adam.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -24,10 +28,12 @@ from lodo.declarations import Dtype, Kind, Option, Options, Role, Slot, as_float
 from lodo.inner_optimizer import ROWS, Descent, descend_, descent, descent_per_parameter
 from lodo.parts.momentum import Momentum
 from lodo.parts.part import Layout
-from lodo.scalars import Number, at_least_one, is_tensor
+from lodo.scalars import Number, at_least_one, energies, is_tensor
 
 BOUND = 30.0  # of |u|
 COAST = 0.9
+RECENT = 0.95  # decay of the mean square of the gradients of late,
+LONG = 0.9  # and times its root that a long momentum may be long; one of equal gradients is as long as they are
 FIRST_SHARE = 0.9  # of the decay nearest to `beta`, at the start; the others share the rest
 
 
@@ -73,6 +79,7 @@ class Mixture(Momentum):
             *super().slots(options, found),
             Slot("momenta", shape=(count,), powers=(1,)),
             Slot("mixture", Kind.TABLE, (ROWS, count), dtype=Dtype.WIDE, squares=(2,), powers=(0, 2, 4)),
+            Slot("recent_energy", Kind.TABLE, dtype=Dtype.WIDE, low=0.0, powers=(2,)),
         )
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
@@ -81,7 +88,7 @@ class Mixture(Momentum):
         self.table = tensors["mixture"].permute(1, 2, 0)  # (3, decays, k)
         self.decays = tuple(options["momentum_decays"])
         self._decays = torch.tensor(self.decays, dtype=self.table.dtype, device=self.table.device)
-        self._lengths = layout.lengths
+        self._lengths, self.recent_energy = layout.lengths, tensors["recent_energy"]
         # One with a decay of zero is the gradient, which each step writes anew.
         lasting = [momentum for momentum, decay in zip(self.momenta, self.decays, strict=True) if decay > 0]
         self._in_coordinates = lasting if self.trace is None else [self.trace, *lasting]
@@ -99,6 +106,7 @@ class Mixture(Momentum):
             self.table[0, :, place] = shares.log()
 
     def reset_(self) -> None:
+        """Momenta, and what belongs to them, are not learned."""
         self.table.zero_()
         self._start_weights_(range(len(self._lengths)))
 
@@ -125,15 +133,15 @@ class Mixture(Momentum):
     def average_(self, g: Tensor, at: Context) -> None:
         """Takes the gradient into the momenta, and mixes them."""
         active = at.per_element(lambda cohort: cohort.active, g)
+        self._take_in_energies_(g, at)
         for momentum, beta in zip(self.momenta, self.decays, strict=True):
+            is_stale = self._is_stale(momentum, beta, at) if beta > COAST else None
             momentum.lerp_(g, active * (1 - beta))
-            if at.idle is not None and beta > COAST:
-                parts, factor = list(momentum.split(self._lengths)), COAST / beta
-                if is_tensor(at.idle[0]):  # then all are
-                    flags = torch.stack(list(at.idle)).to(g.dtype)  # type: ignore[arg-type]
-                    torch._foreach_mul_(parts, list((1 - flags * (1 - factor)).unbind()))
-                else:
-                    torch._foreach_mul_(parts, [factor if is_idle else 1.0 for is_idle in at.idle])
+            if is_stale is not None:
+                factors = g.new_ones(len(self._lengths)).masked_fill_(is_stale, COAST / beta)
+                on_host = g.device.type == "cpu"
+                parts = list(momentum.split(self._lengths))
+                torch._foreach_mul_(parts, factors.tolist() if on_host else list(factors.unbind()))
         w = self._weights() / self._corrections(at, lambda cohort: at_least_one(cohort.steps))
         shares = zip(self.momenta.split(self._lengths, dim=1), w.to(g.dtype).unbind(1), strict=True)
         mixed = torch.empty_like(self.m) if is_tensor(active) else self.m
@@ -141,6 +149,22 @@ class Mixture(Momentum):
             torch.mv(momenta.T, weights, out=part)
         if is_tensor(active):
             self.m.copy_(torch.where(active > 0, mixed, self.m))
+
+    def _take_in_energies_(self, g: Tensor, at: Context) -> None:
+        """The first gradient that is not zero is all that there is of late."""
+        active = at.per_parameter(lambda cohort: cohort.active, self.recent_energy)
+        weights = torch.full_like(self.recent_energy, 1 - RECENT).masked_fill_(self.recent_energy == 0, 1)
+        self.recent_energy.lerp_(energies(g, self._lengths).to(weights.dtype), weights * active)
+
+    def _is_stale(self, momentum: Tensor, beta: float, at: Context) -> Tensor:
+        """On which parameters one of the momenta, before it takes this gradient in, is to be forgotten faster."""
+        steps = at.per_parameter(lambda cohort: steps_behind(cohort.steps), self.recent_energy)
+        active = at.per_parameter(lambda cohort: cohort.active, self.recent_energy)
+        is_stale = energies(momentum, self._lengths) > (LONG * (1 - beta**steps)) ** 2 * self.recent_energy
+        if at.idle is not None:
+            flags = torch.stack(list(at.idle)) if is_tensor(at.idle[0]) else torch.tensor(at.idle, device="cpu")  # type: ignore[arg-type]
+            is_stale |= flags > 0
+        return is_stale & (active > 0) if is_tensor(active) else is_stale
 
     def bias(self, at: Context) -> Number:
         return 1
@@ -159,6 +183,8 @@ class Mixture(Momentum):
         group.momenta, group.mixture = self.momenta.data_ptr(), self.tensors["mixture"].data_ptr()
         group.decays, group.decay_count = self._decays.data_ptr(), len(self.decays)
         group.coast, group.largest_logit = COAST, BOUND
+        group.recent_energy = self.recent_energy.data_ptr()
+        group.recent_weight, group.long_momentum = 1 - RECENT, LONG
 
     def set_kernel(self, numbers: Any, cohort: Cohort, at: Context) -> None:
         super().set_kernel(numbers, cohort, at)

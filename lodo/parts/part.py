@@ -68,6 +68,8 @@ class Part:
     """Whether it makes the host wait for an accelerator."""
     learns_from_response: ClassVar[bool] = False
     """Whether it has `learn_from_response_`."""
+    learns_from_step: ClassVar[bool] = False
+    """Whether it has `learn_from_step_`."""
     mark: ClassVar[str | None] = None
     """The slot that tells that there is state of it. Such state goes on to be used when options no longer ask for it,
     unless they are fixed: then they may not change."""
@@ -161,6 +163,10 @@ class Part:
 
     def learn_from_response_(self, response: Tensor, at: Context) -> None:
         """Learns from (G / lr) g of that gradient, rotated, shape (n,)."""
+
+    def learn_from_step_(self, g: Tensor, step: Tensor, at: Context) -> None:
+        """Learns from that gradient and the last step / lr, both rotated, shape (n,); where somebody has taken the step
+        back, g is zero."""
 
     def update_basis_(self, g: Tensor, rotated: Tensor | None, kept: Sequence[Tensor], at: Context) -> Tensor | None:
         """Takes a gradient into what `rotate` is made of, and brings that up to date.

@@ -70,6 +70,12 @@ def kept_share(move: Tensor, change: Tensor) -> Tensor:
     return torch.where(change == 0, 1.0, share.nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0))
 
 
+def judged_share(undone: Undone) -> Tensor:
+    """How much is left of the last step, elementwise: nothing where it was taken back but for a hundredth, for what is
+    learned goes by the direction of what is left, be it a rounding."""
+    return kept_share(undone.step, undone.change).masked_fill_(taken_back(undone, slack=1e-2), 0)
+
+
 def taken_back(undone: Undone, slack: float) -> Tensor:
     """Where a whole step was taken back, to `slack` of it, or to rounding."""
     change, step, rounding = undone

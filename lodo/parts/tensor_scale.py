@@ -14,6 +14,16 @@ it counts as more than LONGER times as long as it would be now.
 Otherwise long steps across a minimum would drive a scale down for hundreds of steps after it has become short. Steps
 that somebody takes back, as a projection does, are taken out of E too.
 
+Where there is no noise to average over, the last few steps know better than the trace, which goes on praising or
+blaming a scale for what lies behind. They have a say where they are unambiguous, by
+
+    p <- AGE * p + (1 - AGE) * cos(g_j, last step on j)
+
+Steps that all point down the slope (p from CLEAR to SURE) let the trace no longer lower the scale. Steps that all have
+gone too far (p below -CLEAR_FALL) lower it at once, by up to BRAKE * scale_lr, before what oscillates has grown. Where
+gradients are mostly noise they hardly tell a direction, and p stays near 0. It is not for single steps to raise a
+scale: their praise is for the flattest directions, at the cost of the steepest.
+
 Scales come to fall by orders of magnitude, and the hypergradients of all else on their parameters with them: against
 the second moment that an inner Adam remembers they would vanish. So network and momenta learn from S^-1 g in place of
 g (`unscale`).
@@ -32,9 +42,13 @@ from lodo.declarations import Dtype, Kind, Option, Options, Slot, as_float, numb
 from lodo.inner_optimizer import ROWS, Descent, descend_, descent, descent_per_parameter
 from lodo.parts.part import Layout, Part, Undone
 from lodo.parts.record import kept_share, taken_back
-from lodo.scalars import decay_and_add_, is_tensor, where
+from lodo.scalars import decay_and_add_, energies, is_tensor, where
 
 LARGEST_LOG = math.log(1e8)  # of S: nothing that judges it may drive it beyond
+AGE = 0.9  # decay of p, the mean cosine of the last steps
+CLEAR, SURE = 0.7, 0.9
+CLEAR_FALL = 0.3
+BRAKE = 3.0
 LONGER = 20.0  # times the present lr * S, that a step in the trace may have been made with
 
 
@@ -48,6 +62,7 @@ class TensorScale(Part):
     is_factor = True
     mark = "scale"
     has_kernel = True
+    learns_from_step = True
 
     @classmethod
     def is_used(cls, options: Options) -> bool:
@@ -59,17 +74,18 @@ class TensorScale(Part):
             Slot("scale", Kind.TABLE, (ROWS,), dtype=Dtype.WIDE, squares=(2,), powers=(0, 1, 2)),
             Slot("scale_peak", Kind.TABLE, dtype=Dtype.WIDE, low=0.0),  # the largest lr * S so far
             Slot("trace_peak", Kind.TABLE, dtype=Dtype.WIDE, low=0.0),  # that of the steps in the trace, as they count
+            Slot("progress", Kind.TABLE, dtype=Dtype.WIDE, low=-1.0, high=1.0),  # p
             Slot("step_trace"),
         )
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
         super().__init__(layout, tensors, options)
         self.table, self.peak, self.trace = tensors["scale"].T, tensors["scale_peak"], tensors["step_trace"]
-        self.trace_peak = tensors["trace_peak"]
+        self.trace_peak, self.progress = tensors["trace_peak"], tensors["progress"]
         self._lengths = layout.lengths
 
     def reset_(self) -> None:
-        for tensor in (self.table, self.peak, self.trace, self.trace_peak):
+        for tensor in (self.table, self.peak, self.trace, self.trace_peak, self.progress):
             tensor.zero_()
 
     def correct_(self, g: Tensor, undone: Undone | None, at: Context) -> None:
@@ -103,7 +119,22 @@ class TensorScale(Part):
         descent = descent_per_parameter(at, partial(self._descent, at=at), self.table)
         pairs = zip(g.split(self._lengths), self.trace.split(self._lengths), strict=True)
         h = torch.stack([torch.dot(part, trace) for part, trace in pairs]).neg_()
+        s, before = self.table[0], self.table[0].clone()
         descend_(self.table, h, descent, LARGEST_LOG)
+        doubt = 1 - ((self.progress - CLEAR) / (SURE - CLEAR)).clamp_(0, 1)
+        s.copy_(torch.where((s < before) & (doubt < 1), before + doubt * (s - before), s))
+
+    def learn_from_step_(self, g: Tensor, step: Tensor, at: Context) -> None:
+        s, lengths = self.table[0], self._lengths
+        pairs = zip(g.split(lengths), step.split(lengths), strict=True)
+        sizes = (energies(g, lengths) * energies(step, lengths)).sqrt_().to(s.dtype)
+        cosines = torch.stack([torch.dot(*pair) for pair in pairs]).to(s.dtype).div_(sizes)
+        # Steps of length zero have told nothing.
+        active = at.per_parameter(lambda cohort: cohort.active * (cohort.last_lr > 0), s)
+        weights = cosines.isfinite().to(s.dtype) * ((1 - AGE) * active)
+        self.progress.lerp_(cosines.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1, 1), weights)
+        excess = ((-CLEAR_FALL - self.progress) / (1 - CLEAR_FALL)).clamp_(min=0)
+        s.sub_(excess.mul_(weights > 0).mul_(BRAKE * at.options["scale_lr"])).clamp_(-LARGEST_LOG, LARGEST_LOG)
         lr = at.per_parameter(lambda cohort: where(cohort.active, at.lr, 0.0), self.table)
         torch.maximum(self.peak, self.table[0].exp().mul_(lr), out=self.peak)
 
@@ -174,7 +205,10 @@ class TensorScale(Part):
     def bind_kernel(self, group: Any) -> None:
         group.scale, group.scale_peak = self.tensors["scale"].data_ptr(), self.peak.data_ptr()
         group.step_trace, group.largest_log_scale = self.trace.data_ptr(), LARGEST_LOG
+        group.progress, group.clear, group.sure, group.clear_fall = self.progress.data_ptr(), CLEAR, SURE, CLEAR_FALL
 
     def set_kernel(self, numbers: Any, cohort: Cohort, at: Context) -> None:
         numbers.scale = tuple(self._descent(cohort, at))
+        numbers.step_weight = (1 - AGE) * (cohort.active and cohort.last_lr > 0)
+        numbers.brake = BRAKE * at.options["scale_lr"]
         numbers.peak_lr = at.lr if cohort.active else 0.0

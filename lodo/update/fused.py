@@ -104,7 +104,8 @@ class Fused(Plain):
         group.theta = self.network.theta.data_ptr() if learns else None
         group.theta_mean = None if mean is None else mean.data_ptr()
         group.theta_square = None if square is None else square.data_ptr()
-        if learns or self._learns_from_response:
+        group.momentum = self.momentum.m.data_ptr()
+        if learns or self._learns_from_response or self._learns_from_step:
             self._learn(group, self._numbers, g.data_ptr(), self.momentum.judged.data_ptr())
         if learns and at.options["max_condition"] is not None:
             self.operator.bound_condition_(at.options["max_condition"])
@@ -113,7 +114,8 @@ class Fused(Plain):
         step, group = self._step, self._group
         idle = None if at.idle is None else (ctypes.c_uint8 * len(self.lengths))(*map(bool, at.idle))
         group.idle = None if idle is None else ctypes.addressof(idle)
-        group.gradient, group.step, group.momentum = g.data_ptr(), step.data_ptr(), self.momentum.m.data_ptr()
+        group.gradient, group.step = g.data_ptr(), step.data_ptr()
+        group.momentum = self.momentum.m.data_ptr()
         self._complete()
         return step
 

@@ -9,7 +9,7 @@ from lodo import inner_optimizer, scalars
 from lodo.context import Context
 from lodo.parts import Momentum, Part
 from lodo.preconditioners import Composite, Operator, Preconditioner
-from lodo.scalars import Number, is_tensor, wide
+from lodo.scalars import Number, is_tensor
 
 
 class Plain:
@@ -36,6 +36,7 @@ class Plain:
         self.operator, self.network, self.moments = operator, network, moments
         self.momentum, self.parts, self.lengths = momentum, parts, lengths
         self._learns_from_response = any(part.learns_from_response for part in parts)
+        self._learns_from_step = any(part.learns_from_step for part in parts)
 
     def begin_(self, at: Context) -> None:
         """Called first, when everything about a step is known but its outcome."""
@@ -46,7 +47,7 @@ class Plain:
         """The sum of squares of each parameter's gradient, with no overflow in between."""
         if not self.lengths:
             return []
-        found = torch.stack(torch._foreach_norm(list(g.split(self.lengths)), dtype=wide(g.device))).square()
+        found = scalars.energies(g, self.lengths)
         return found.tolist() if scalars.is_readable(found) else found.unbind()
 
     def learn_parts_(self, g: Tensor, at: Context) -> None:
@@ -60,7 +61,12 @@ class Plain:
             response = self.operator.precondition(g)
             for part in self.parts:
                 part.learn_from_response_(response, at)
+        # What a part learns from the step may change it.
+        step = self.operator.apply(self.momentum.m) if self._learns_from_step else None
         self.learn_network_(g, at)
+        if step is not None:
+            for part in self.parts:
+                part.learn_from_step_(g, step, at)
 
     def learn_network_(self, g: Tensor, at: Context) -> None:
         """theta <- InnerOptimizer(theta, h), h = -d/dtheta <g, G(theta) m>."""

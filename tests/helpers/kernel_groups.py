@@ -133,9 +133,11 @@ class Group:
             "scale": logs,
             "scale_peak": logs[:, 0].clamp(-LARGEST_LOG, LARGEST_LOG).exp() * random(k, seed=11).exp().add_(1),
             "trace_peak": torch.zeros(k, dtype=torch.float64),
+            "progress": random(k, seed=14).mul_(2).clamp_(-0.95, 0.95),
             "step_trace": vectors(n, seed=12),
             "momenta": vectors(len(DECAYS), n, seed=8),
             "mixture": table(k, len(DECAYS), seed=9),
+            "recent_energy": random(k, seed=15).mul_(9).exp_(),
             "written": vectors(n, seed=13),
             "scheduled_lr": torch.zeros(k, dtype=torch.float64),
             "reset_at": torch.zeros(k, dtype=torch.int64),
@@ -198,7 +200,10 @@ class Group:
 
     def own(self, name, tensor, place):
         """What a parameter has of a tensor of the group."""
-        of_parameters = ("unit", "scale", "scale_peak", "trace_peak", "mixture", "scheduled_lr", "reset_at")
+        of_parameters = (
+            *("unit", "scheduled_lr", "reset_at"),
+            *("scale", "scale_peak", "trace_peak", "progress", "mixture", "recent_energy"),
+        )
         return tensor[place] if name in of_parameters else tensor.split(self.lengths, dim=-1)[place]
 
     def is_active(self):

@@ -16,7 +16,10 @@ NETWORKS = {
 SHAPES = ((3, 4), (5,), (), (2, 3, 2), (0, 3), (1,))
 
 ELEMENTS = ("momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written")
-TABLES = ("step", "skipped_steps", "unit", "scale", "scale_peak", "trace_peak", "mixture", "scheduled_lr", "reset_at")
+TABLES = (
+    *("step", "skipped_steps", "unit", "scheduled_lr", "reset_at"),
+    *("scale", "scale_peak", "trace_peak", "progress", "mixture", "recent_energy"),
+)
 PACKED = ("factors", "eigenbasis")
 OF_NETWORKS = (
     *("theta", "theta_exp_avg", "theta_exp_avg_sq", "permutations"),
@@ -25,7 +28,7 @@ OF_NETWORKS = (
 
 POWERS = {  # of the unit, by which what is kept of gradients has been divided; of tables, in each row
     **dict.fromkeys(("momentum", "momentum_trace", "momenta", "theta_exp_avg"), (1,)),
-    **dict.fromkeys(("exp_avg_sq", "factors", "theta_exp_avg_sq"), (2,)),
+    **dict.fromkeys(("exp_avg_sq", "factors", "recent_energy", "theta_exp_avg_sq"), (2,)),
     "scale": (0, 1, 2),
     "mixture": (0, 2, 4),
 }

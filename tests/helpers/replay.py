@@ -16,7 +16,7 @@ from lodo.context import Cohort, Context
 from lodo.parts import Layout, Momentum, Part, Record, Undone
 from lodo.parts.eigenbasis import Eigenbasis
 from lodo.parts.mixture import Mixture
-from lodo.parts.record import kept_share
+from lodo.parts.record import judged_share
 from lodo.parts.second_moment import SecondMoment
 from lodo.parts.tensor_scale import TensorScale
 from lodo.preconditioners import BY_NAME, Composite, Operator, Preconditioner
@@ -33,9 +33,9 @@ INTEGERS = {"step", "skipped_steps", "meta_step", "network_step", "reset_at"}
 PACKED = {"factors", "eigenbasis"}
 NUMBERS = {*INTEGERS, "last_lr", "scheduled_lr"}  # what no part computes with
 # Of float64 whatever the parameters are:
-WIDE = {"scale", "scale_peak", "trace_peak", "mixture", "unit", "scheduled_lr", "last_lr"}
+WIDE = {"scale", "scale_peak", "trace_peak", "progress", "mixture", "recent_energy", "unit", "scheduled_lr", "last_lr"}
 # The powers of gradients that there are of, and those of the rows of tables.
-POWERS = {"momentum": 1, "momentum_trace": 1, "momenta": 1, "exp_avg_sq": 2, "factors": 2}
+POWERS = {"momentum": 1, "momentum_trace": 1, "momenta": 1, "exp_avg_sq": 2, "factors": 2, "recent_energy": 2}
 POWERS |= {"theta_exp_avg": 1, "theta_exp_avg_sq": 2}
 ROWS = {"scale": (0, 1, 2), "mixture": (0, 2, 4)}
 
@@ -111,8 +111,8 @@ class Replay:
             names.append("momentum_trace")
         names += ["exp_avg_sq", "unit"] if self.options["base"] is not None else []
         names += ["factors", "eigenbasis", "seen"] if Eigenbasis in parts else []
-        names += ["scale", "scale_peak", "trace_peak", "step_trace"] if TensorScale in parts else []
-        names += ["momenta", "mixture"] if Mixture in parts else []
+        names += ["scale", "scale_peak", "trace_peak", "progress", "step_trace"] if TensorScale in parts else []
+        names += ["momenta", "mixture", "recent_energy"] if Mixture in parts else []
         names += ["written", "scheduled_lr", "reset_at"] if Record in parts else []
         return names + (self.names_of_network() if self.kind.is_elementwise else [])
 
@@ -193,7 +193,15 @@ class Replay:
             own["reset_at"].copy_(own["step"])
         capped = ("theta", *MOMENTS, "meta_step") if self.kind.rate_cap is not None else ()
         for own in self.own:
-            for name in own.keys() & {"scale", "scale_peak", "trace_peak", "step_trace", "mixture", *capped}:
+            for name in own.keys() & {
+                "scale",
+                "scale_peak",
+                "trace_peak",
+                "progress",
+                "step_trace",
+                "mixture",
+                *capped,
+            }:
                 own[name].zero_()
         tensors = self.together()
         for part in self.parts():
@@ -339,7 +347,7 @@ class Replay:
             undone = self.look_back(operator, momentum, tensors, at, takes, number)
             for part in parts:
                 part.correct_(gradient, undone, at)
-            share = None if undone is None else kept_share(undone.step, undone.change)
+            share = None if undone is None else judged_share(undone)
         at = at._replace(share=share)
         for part in parts:
             factor = part.change_unit_(gradient, number(True))

@@ -123,6 +123,7 @@ def test_g_acts_in_rotated_coordinates(kind, base, scale_lr, kernel):
 def test_what_is_kept_is_turned_with_the_basis(kind, momentum_decays, kernel, monkeypatch):
     """Turned back it is what plain averages of the gradients are, through four changes of the basis."""
     monkeypatch.setattr("lodo.parts.bases.TOLERANCE", 0.0)
+    monkeypatch.setattr("lodo.parts.mixture.LONG", float("inf"))  # none is forgotten
     options = {"trace_decay": 0.7, "mix_lr": 0.02, "scale_lr": 0.01, "meta_lr": 0.02}
     params, optimizer = built(kind, base="soap", momentum_decays=momentum_decays, **options)
     n, lengths = sum(p.numel() for p in params), [p.numel() for p in params]
@@ -314,8 +315,11 @@ def test_the_scales_of_a_network_that_mixes_tensors_have_the_right_sum(base):
         expected = s.grad.sum()
 
 
-def test_the_scales_move_as_adam_does_at_a_rate_that_falls():
-    """min(scale_lr, 5 / t)."""
+def test_the_scales_move_as_adam_does_at_a_rate_that_falls(monkeypatch):
+    """min(scale_lr, 5 / t), but for what the last steps tell."""
+    monkeypatch.setattr("lodo.parts.tensor_scale.CLEAR", 2.0)
+    monkeypatch.setattr("lodo.parts.tensor_scale.SURE", 3.0)
+    monkeypatch.setattr("lodo.parts.tensor_scale.BRAKE", 0.0)
     params, optimizer = built("log_diagonal", TENSORS, base="adam", scale_lr=0.2)
     s = torch.zeros(4, dtype=torch.float64)
     m, v = s.clone(), s.clone()

@@ -237,7 +237,7 @@ def test_a_jump_of_the_loss_makes_no_long_steps(jump, beta, base, kernel):
         before = w.detach().clone()
         optimizer.step()
         norms.append((w.detach() - before).norm().item())
-    assert max(norms[200:]) <= 6 * max(norms[150:200])
+    assert max(norms[200:]) <= 9 * max(norms[150:200])
 
 
 @pytest.mark.parametrize("base", ["soap", "adam"])

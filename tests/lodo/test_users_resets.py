@@ -57,12 +57,12 @@ def test_reset_takes_back_what_is_learned_and_keeps_what_is_known(long_trained):
     torch.testing.assert_close(after["mixture"][0].softmax(0)[1].item(), 0.9)
 
 
-def test_after_a_reset_a_new_target_is_followed_at_least_twice_as_fast(long_trained):
+def test_after_a_reset_a_new_target_is_followed_in_two_thirds_of_the_steps(long_trained):
     w, optimizer = copy.deepcopy(long_trained)
     without = steps_to_follow(w, optimizer)
     w, optimizer = copy.deepcopy(long_trained)
     optimizer.reset()
-    assert steps_to_follow(w, optimizer) <= without / 2
+    assert steps_to_follow(w, optimizer) <= without * 2 / 3
 
 
 def test_after_a_reset_the_rates_are_as_at_the_start(long_trained):
