@@ -4,7 +4,7 @@
 
 Quadratics, powers, valleys and full-batch trainings, each for 2,000 steps from some seeds. AdamW is given the best of
 eight rates, each constant and with a warm-up and a cosine to zero, for each problem: by the loss at the end, geometric
-mean over the seeds, and where several end at the limit of float32 the one that is there first.
+mean over the seeds, and where several end at the limit of float32 that along the whole run.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def typical(losses: Sequence[float]) -> float:
 
 
 def best_adamw(problem: Problem, seeds: Sequence[int], steps: int) -> tuple[str, list[list[float]]]:
-    """Its name and the losses at each seed. Of settings that all end at SMALLEST, the one that is there first."""
+    """Its name and the losses at each seed. Of settings that all end at SMALLEST, the lowest along the run."""
     found = {}
     for schedule, words in (("constant", "constant"), ("warmup_cosine", "cosine")):
         for rate in RATES:
@@ -157,8 +157,8 @@ def report(seeds: Sequence[int], steps: int = STEPS) -> str:
         "# Small losses without noise",
         "",
         f"`python -m benchmarks.noise_free`, {machine['processor']}, torch {machine['torch']}, lodo source "
-        f"{machine['lodo_source']}, {len(seeds)} seeds. Losses after so many steps, geometric means over the seeds; "
-        f"{SMALLEST:.0e} stands for that and less. AdamW has the best of {len(RATES)} rates, constant or with a "
+        f"{machine['lodo_source']}, {len(seeds)} seeds. Losses that these steps are taken at, geometric means over the "
+        f"seeds; {SMALLEST:.0e} stands for that and less. AdamW has the best of {len(RATES)} rates, constant or with a "
         "warm-up and a cosine, for each problem by itself.",
         "",
         f"| problem | {' | '.join(f'{name}, {head}' for name in ('AutoLODO', 'AdamW') for head in heads)} | its rate |",

@@ -42,16 +42,20 @@ def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
     if is_tensor(at.active):
         g.masked_fill_(~at.active, 0)  # so that no NaN meets a zero weight below
     live.momentum.load_()
+    last = None
     if live.record is not None:
         at = at._replace(unit=live.unit)
-        share = look_back(live, at, params)
+        share, last = look_back(live, at, params)
         at = at._replace(share=share, unit=live.change_unit_(at.active))
     update.begin_(at)
     if live.record is not None:
-        update.learn_parts_(gradient_with_decay(live, at), at)
+        decayed = gradient_with_decay(live, at)
+        update.learn_parts_(decayed, at)
 
     rotated = operator.rotate(g if at.share is None else g * at.share)
     update.learn_(rotated, at)  # 1, 2
+    if last is not None:
+        update.learn_from_step_(decayed if at.share is None else decayed * at.share, last, at)
     rotated = update_basis_(live, g, rotated if at.share is None else None, at)
     step = operator.rotate_back_(update.advance_(rotated, at))  # 3, 4
     live.momentum.store_(at.steps)
@@ -60,31 +64,39 @@ def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
     live.has_stepped = True
 
 
-def look_back(live: GroupState, at: Context, params: list[Tensor]) -> Tensor | None:
+def look_back(live: GroupState, at: Context, params: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """Reads the parameters, and looks what has become of the last step.
 
     Returns:
-        How much of it is left, between 0 and 1, shape (n,); None if nobody has changed the parameters since. What
-        somebody has taken back judges nothing.
+        How much of it is left, between 0 and 1, shape (n,), None if nobody has changed the parameters since: what
+        somebody has taken back judges nothing. And the last step, shape (n,), if parts are to learn from it and there
+        is weight decay in it, else None.
     """
     if live.record is None or live.x is None:
-        return None
+        return None, None
     live.flat.gather(live.flat.tensors(params), live.x_views)
     if live.waits and not at.active:
-        return None
-    undone = None
+        return None, None
     change = live.record.change(live.x, at, live.waits)
-    if change is not None:
-        made = live.operator.apply(live.momentum.m)
-        made = made.mul_(at.per_element(lambda cohort: cohort.last_lr * at.unit, made))
-        step = live.operator.rotate_back_(made)
-        if at.options["weight_decay"] > 0:
-            lr = at.per_parameter(lambda cohort: cohort.scheduled_lr, step)
-            step.add_(decay(live, live.x, lr, at))
-        undone = Undone(change, step, live.x.abs().mul_(2 * live.flat.coarsest))
+    is_judged = live.update.learns_from_step and at.options["weight_decay"] > 0
+    last = last_step(live, live.x, at) if change is not None or is_judged else None
+    undone = None
+    if change is not None and last is not None:
+        undone = Undone(change, last, live.x.abs().mul_(2 * live.flat.coarsest))
     for part in live.parts:
         part.correct_(live.gradient, undone, at)
-    return None if undone is None else judged_share(undone)
+    return None if undone is None else judged_share(undone), last if is_judged else None
+
+
+def last_step(live: GroupState, x: Tensor, at: Context) -> Tensor:
+    """What the last step subtracted from the parameters, now x, weight decay included, shape (n,)."""
+    made = live.operator.apply(live.momentum.m)
+    made = made.mul_(at.per_element(lambda cohort: cohort.last_lr * at.unit, made))
+    step = live.operator.rotate_back_(made)
+    if at.options["weight_decay"] > 0:
+        lr = at.per_parameter(lambda cohort: cohort.scheduled_lr, step)
+        step.add_(decay(live, x, lr, at))
+    return step
 
 
 def gradient_with_decay(live: GroupState, at: Context) -> Tensor:

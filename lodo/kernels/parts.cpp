@@ -58,7 +58,7 @@ struct Group {
   const void *step_trace;
   double largest_log_scale;
   double *progress;
-  double clear, sure, clear_fall;
+  double clear, sure, clear_fall, least;
   void *momenta;
   double *mixture;
   const double *decays;
@@ -66,6 +66,7 @@ struct Group {
   double coast, largest_logit;
   double *recent_energy;
   double recent_weight, long_momentum;
+  int64_t judges_step;
 };
 
 struct Chunk {
@@ -191,8 +192,9 @@ void learn_mixture(const Group &group, const Cohort &by, int64_t j, double *prod
 // `lodo.parts.tensor_scale.TensorScale.learn_from_step_` for a parameter, from <g, step>, <g, g> and <step, step>.
 void learn_from_step(const Group &group, const Cohort &by, int64_t j, const double *products) {
   double &s = group.scale[3 * j], &progress = group.progress[j];
-  const double cosine = products[0] / std::sqrt(products[1] * products[2]);
-  if (by.step_weight > 0 && std::isfinite(cosine)) {
+  const double size = std::sqrt(products[1]) * std::sqrt(products[2]);
+  const double cosine = products[0] / size;
+  if (by.step_weight > 0 && std::isfinite(cosine) && size > group.least) {
     progress += by.step_weight * (std::clamp(cosine, -1.0, 1.0) - progress);
     const double excess = std::max((-group.clear_fall - progress) / (1 - group.clear_fall), 0.0);
     s = std::clamp(s - by.brake * excess, -group.largest_log_scale, group.largest_log_scale);
@@ -213,7 +215,7 @@ template <typename T> void learn_all(const Group &group, const Cohort *cohorts, 
     if (by.active == 0) return;
     T response[kChunk];
     const int64_t count = at.end - at.first;
-    if (group.scale != nullptr) {
+    if (group.judges_step != 0) {
       const T *m = static_cast<const T *>(group.momentum) + at.first;
 #pragma omp simd
       for (int64_t k = 0; k < count; ++k) response[k] = diagonal[at.first + k] * m[k];
@@ -235,7 +237,7 @@ template <typename T> void learn_all(const Group &group, const Cohort *cohorts, 
                    T(rates.forget2), T(group.theta_eps), T(group.largest_theta)},
           at.first, count, response);
   });
-  if (group.scale != nullptr) {
+  if (group.judges_step != 0) {
     for (size_t i = 0; i < cut.chunks.size(); ++i)
       for (int64_t p = 0; p < 3; ++p) judged_steps[3 * cut.chunks[i].tensor + p] += of_steps[3 * i + p];
     for (int64_t j = 0; j < group.parameters; ++j)

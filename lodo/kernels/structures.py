@@ -72,6 +72,7 @@ class Group(ctypes.Structure):
         ("clear", ctypes.c_double),
         ("sure", ctypes.c_double),
         ("clear_fall", ctypes.c_double),
+        ("least", ctypes.c_double),
         # The learned mixture of momenta.
         ("momenta", ctypes.c_void_p),
         ("mixture", ctypes.c_void_p),
@@ -82,6 +83,8 @@ class Group(ctypes.Structure):
         ("recent_energy", ctypes.c_void_p),
         ("recent_weight", ctypes.c_double),
         ("long_momentum", ctypes.c_double),
+        # Whether parts are to learn from the last step in the pass over lines 1 and 2.
+        ("judges_step", ctypes.c_int64),
     ]
 
 

@@ -10,10 +10,10 @@ softmax of u_j on parameter j, are judged as theta is, by the gradient where the
 
 All m_b are corrected for their start at zero. None is to outlive what it is made of: while the gradient of a parameter
 is zero, or m_b is about as long as its gradients were of late (LONG), what m_b holds decays by COAST or faster.
-Averages of noisy gradients are much shorter than these, and are left alone. But gradients that all point one way need
-no long average, and as they fall by orders of magnitude the old ones in it would come to outweigh all new ones: they
-would carry the parameter far across its minimum, and let it come no closer than they are forgotten. And without a
-gradient a parameter moves on for no longer than it would with Adam.
+Averages of many noisy gradients are much shorter than these, and are left alone. But gradients that all point one way
+(and the first few, of which nobody can tell) need no long average, and as they fall by orders of magnitude the old
+ones in it would come to outweigh all new ones: they would carry the parameter far across its minimum, and let it come
+no closer than they are forgotten. And without a gradient a parameter moves on for no longer than it would with Adam.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -32,8 +32,8 @@ from lodo.scalars import Number, at_least_one, energies, is_tensor
 
 BOUND = 30.0  # of |u|
 COAST = 0.9
-RECENT = 0.95  # decay of the mean square of the gradients of late,
-LONG = 0.9  # and times its root that a long momentum may be long; one of equal gradients is as long as they are
+RECENT = 0.95  # decay of the average energy |g|^2 of the gradients of late
+LONG = 0.9  # the largest norm of a momentum over COAST, over the root of that; of equal gradients it would be 1
 FIRST_SHARE = 0.9  # of the decay nearest to `beta`, at the start; the others share the rest
 
 

@@ -165,8 +165,9 @@ class Part:
         """Learns from (G / lr) g of that gradient, rotated, shape (n,)."""
 
     def learn_from_step_(self, g: Tensor, step: Tensor, at: Context) -> None:
-        """Learns from that gradient and the last step / lr, both rotated, shape (n,); where somebody has taken the step
-        back, g is zero."""
+        """Learns from that gradient and the last step, weight decay included, both of shape (n,) in the same
+        coordinates; the step's size does not matter. Where somebody has taken the step back, g has the share that is
+        left, and the step is whole."""
 
     def update_basis_(self, g: Tensor, rotated: Tensor | None, kept: Sequence[Tensor], at: Context) -> Tensor | None:
         """Takes a gradient into what `rotate` is made of, and brings that up to date.

@@ -17,12 +17,14 @@ that somebody takes back, as a projection does, are taken out of E too.
 Where there is no noise to average over, the last few steps know better than the trace, which goes on praising or
 blaming a scale for what lies behind. They have a say where they are unambiguous, by
 
-    p <- AGE * p + (1 - AGE) * cos(g_j, last step on j)
+    p <- AGE * p + (1 - AGE) * cos(g_j, what the last step subtracted from j)
 
-Steps that all point down the slope (p from CLEAR to SURE) let the trace no longer lower the scale. Steps that all have
-gone too far (p below -CLEAR_FALL) lower it at once, by up to BRAKE * scale_lr, before what oscillates has grown. Where
-gradients are mostly noise they hardly tell a direction, and p stays near 0. It is not for single steps to raise a
-scale: their praise is for the flattest directions, at the cost of the steepest.
+Steps that all point down the slope keep the trace from lowering the scale: in part above CLEAR, wholly from SURE on.
+Steps that all have gone too far (p below -CLEAR_FALL) lower it at once, by up to BRAKE * scale_lr, before what
+oscillates has grown. Where gradients are mostly noise they hardly tell a direction, and p stays near 0. It is not for
+single steps to raise a scale: their praise is for the flattest directions, at the cost of the steepest. Gradient
+and step have the weight decay in them, as in the trace. Steps without a length, or whose product with the gradient is
+close to the smallest numbers, leave p as it is.
 
 Scales come to fall by orders of magnitude, and the hypergradients of all else on their parameters with them: against
 the second moment that an inner Adam remembers they would vanish. So network and momenta learn from S^-1 g in place of
@@ -49,6 +51,7 @@ AGE = 0.9  # decay of p, the mean cosine of the last steps
 CLEAR, SURE = 0.7, 0.9
 CLEAR_FALL = 0.3
 BRAKE = 3.0
+LEAST = 1e8  # times the smallest normal number, that the norms of gradient and step must come to for a cosine
 LONGER = 20.0  # times the present lr * S, that a step in the trace may have been made with
 
 
@@ -127,11 +130,12 @@ class TensorScale(Part):
     def learn_from_step_(self, g: Tensor, step: Tensor, at: Context) -> None:
         s, lengths = self.table[0], self._lengths
         pairs = zip(g.split(lengths), step.split(lengths), strict=True)
-        sizes = (energies(g, lengths) * energies(step, lengths)).sqrt_().to(s.dtype)
+        sizes = (energies(g, lengths).sqrt_() * energies(step, lengths).sqrt_()).to(s.dtype)
         cosines = torch.stack([torch.dot(*pair) for pair in pairs]).to(s.dtype).div_(sizes)
         # Steps of length zero have told nothing.
         active = at.per_parameter(lambda cohort: cohort.active * (cohort.last_lr > 0), s)
-        weights = cosines.isfinite().to(s.dtype) * ((1 - AGE) * active)
+        is_known = cosines.isfinite() & (sizes > LEAST * torch.finfo(g.dtype).tiny)
+        weights = is_known.to(s.dtype) * ((1 - AGE) * active)
         self.progress.lerp_(cosines.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1, 1), weights)
         excess = ((-CLEAR_FALL - self.progress) / (1 - CLEAR_FALL)).clamp_(min=0)
         s.sub_(excess.mul_(weights > 0).mul_(BRAKE * at.options["scale_lr"])).clamp_(-LARGEST_LOG, LARGEST_LOG)
@@ -206,6 +210,7 @@ class TensorScale(Part):
         group.scale, group.scale_peak = self.tensors["scale"].data_ptr(), self.peak.data_ptr()
         group.step_trace, group.largest_log_scale = self.trace.data_ptr(), LARGEST_LOG
         group.progress, group.clear, group.sure, group.clear_fall = self.progress.data_ptr(), CLEAR, SURE, CLEAR_FALL
+        group.least = LEAST * torch.finfo(self.trace.dtype).tiny
 
     def set_kernel(self, numbers: Any, cohort: Cohort, at: Context) -> None:
         numbers.scale = tuple(self._descent(cohort, at))

@@ -105,7 +105,8 @@ class Fused(Plain):
         group.theta_mean = None if mean is None else mean.data_ptr()
         group.theta_square = None if square is None else square.data_ptr()
         group.momentum = self.momentum.m.data_ptr()
-        if learns or self._learns_from_response or self._learns_from_step:
+        group.judges_step = self._judges_step(at)
+        if learns or self._learns_from_response or group.judges_step:
             self._learn(group, self._numbers, g.data_ptr(), self.momentum.judged.data_ptr())
         if learns and at.options["max_condition"] is not None:
             self.operator.bound_condition_(at.options["max_condition"])

@@ -36,7 +36,7 @@ class Plain:
         self.operator, self.network, self.moments = operator, network, moments
         self.momentum, self.parts, self.lengths = momentum, parts, lengths
         self._learns_from_response = any(part.learns_from_response for part in parts)
-        self._learns_from_step = any(part.learns_from_step for part in parts)
+        self.learns_from_step = any(part.learns_from_step for part in parts)
 
     def begin_(self, at: Context) -> None:
         """Called first, when everything about a step is known but its outcome."""
@@ -62,11 +62,19 @@ class Plain:
             for part in self.parts:
                 part.learn_from_response_(response, at)
         # What a part learns from the step may change it.
-        step = self.operator.apply(self.momentum.m) if self._learns_from_step else None
+        step = self.operator.apply(self.momentum.m) if self._judges_step(at) else None
         self.learn_network_(g, at)
         if step is not None:
-            for part in self.parts:
-                part.learn_from_step_(g, step, at)
+            self.learn_from_step_(g, step, at)
+
+    def _judges_step(self, at: Context) -> bool:
+        """Whether `learn_` is to let parts learn from the step: with weight decay there is more to it."""
+        return self.learns_from_step and at.options["weight_decay"] == 0
+
+    def learn_from_step_(self, g: Tensor, step: Tensor, at: Context) -> None:
+        """What parts learn from the whole last step, shape (n,), and the gradient, in the same coordinates."""
+        for part in self.parts:
+            part.learn_from_step_(g, step, at)
 
     def learn_network_(self, g: Tensor, at: Context) -> None:
         """theta <- InnerOptimizer(theta, h), h = -d/dtheta <g, G(theta) m>."""

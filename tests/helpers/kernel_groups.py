@@ -137,7 +137,7 @@ class Group:
             "step_trace": vectors(n, seed=12),
             "momenta": vectors(len(DECAYS), n, seed=8),
             "mixture": table(k, len(DECAYS), seed=9),
-            "recent_energy": random(k, seed=15).mul_(9).exp_(),
+            "recent_energy": random(k, seed=15).mul_(4).add_(8).exp_() * (torch.arange(k) % 3 > 0),  # or none yet
             "written": vectors(n, seed=13),
             "scheduled_lr": torch.zeros(k, dtype=torch.float64),
             "reset_at": torch.zeros(k, dtype=torch.int64),

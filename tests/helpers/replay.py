@@ -345,6 +345,7 @@ class Replay:
         share = None
         if "written" in tensors:
             undone = self.look_back(operator, momentum, tensors, at, takes, number)
+            last = self.last_step(operator, momentum, at)
             for part in parts:
                 part.correct_(gradient, undone, at)
             share = None if undone is None else judged_share(undone)
@@ -369,6 +370,8 @@ class Replay:
             update.learn_parts_(pulled, at)
         rotated = operator.rotate(gradient if share is None else gradient * share)
         update.learn_(rotated, at)
+        if update.learns_from_step and options["weight_decay"]:
+            update.learn_from_step_(pulled if share is None else pulled * share, last, at)
         current: Tensor | None = rotated if share is None else None
         for part in parts:
             current = part.update_basis_(gradient, current, momentum.in_coordinates, at)
@@ -447,14 +450,19 @@ class Replay:
         has_last = [takes_it and t > 1 for takes_it, t in zip(takes, steps, strict=True)]
         looks = self.flat([torch.full_like(v, has) for v, has in zip(self.values, has_last, strict=True)]) > 0
         change = torch.where(looks, (x - tensors["written"]).nan_to_num(0.0, 0.0, 0.0), 0.0)
+        step = self.last_step(operator, momentum, at)
+        rounding = x.abs() * (2 * max(torch.finfo(value.dtype).eps for value in self.values))
+        return Undone(change, step, rounding)
+
+    def last_step(self, operator: Operator, momentum: Momentum, at: Context) -> Tensor:
+        """What the last step has subtracted."""
         last_lrs = [lr * float(at.unit) for lr in self.counted("last_lr")]
         made = [part * lr for part, lr in zip(self.pieces(operator.apply(momentum.m)), last_lrs, strict=True)]
         step = operator.rotate_back_(self.flat(made).clone())
         if self.options["weight_decay"]:
             parts = operator.parts if isinstance(operator, Composite) else ()
             step = step + self.decay(parts, self.counted("scheduled_lr"))
-        rounding = x.abs() * (2 * max(torch.finfo(value.dtype).eps for value in self.values))
-        return Undone(change, step, rounding)
+        return step
 
     def rescale_(self, tensors: dict[str, Tensor], factor: float) -> None:
         """Another unit for what is kept of gradients, by the power of them that it is."""

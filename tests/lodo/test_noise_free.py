@@ -13,6 +13,7 @@ from torch import nn
 
 import lodo
 from benchmarks.noise_free import PROBLEMS, losses_of
+from lodo import inner_optimizer
 from lodo.parts import mixture, tensor_scale
 from tests.helpers.habits import noisy
 from tests.helpers.parts import flat, state_of
@@ -139,16 +140,60 @@ def test_a_scale_is_not_lowered_while_all_steps_go_down(base, where):
 
 
 @pytest.mark.parametrize("base", [None, "adam", "soap"])
-def test_steps_that_all_go_too_far_lower_a_scale_at_once(base, where):
-    """By the excess of their mean cosine, beside what the trace tells."""
+def test_steps_that_all_go_too_far_lower_a_scale_at_once(base, where, monkeypatch):
+    """By the excess of their mean cosine; what the trace tells is held here."""
+    monkeypatch.setattr(inner_optimizer, "RATE_CAP", 0.0)
     taken = steps_of(base, lambda x, last, step: -last / last.norm() if step else x, 40, beta=0.0)
     rate = tensor_scale.BRAKE * 0.03
     for (_, _, former), (_, _, entry) in pairwise(taken[10:]):
         excess = (-tensor_scale.CLEAR_FALL - entry["progress"]) / (1 - tensor_scale.CLEAR_FALL)
         assert (excess > 0).all()
         fall = former["scale"][0] - entry["scale"][0]
-        assert ((fall - rate * excess).abs() <= 2 * 0.03).all()  # what the trace tells comes to it
+        torch.testing.assert_close(fall, rate * excess, rtol=1e-9, atol=1e-12)
     assert taken[-1][2]["scale"][0].max() < -1
+
+
+@pytest.mark.parametrize("base", [None, "adam", "soap"])
+def test_progress_counts_weight_decay_as_the_trace_does(base, where):
+    """By the gradient with the decay, in the size of the gradients, and by what was subtracted in all."""
+    params = [nn.Parameter(noisy(shape, place)) for place, shape in enumerate(((4, 6), (5,)))]
+    optimizer = lodo.LODO(params, lr=0.02, preconditioner="identity", base=base, scale_lr=0.03, weight_decay=0.5)
+    p, last, far = torch.zeros(2, dtype=torch.float64), None, 0.0
+    for step in range(30):
+        before = [x.detach().clone() for x in params]
+        for x in params:
+            x.grad = x.detach() + 0.5 * noisy(x.shape, step) - 2
+        if last is not None:
+            sizes = [torch.ones((), dtype=torch.float64)] * 2
+            if base is not None:
+                v, scale = state_of(optimizer)["exp_avg_sq"].split([24, 5]), 1 - 0.999**step
+                sizes = [(own.mean() / scale).sqrt() * optimizer.state[params[0]]["unit"] for own in v]
+            judged = [x.grad + 0.5 * size * x.detach() for x, size in zip(params, sizes, strict=True)]
+            cosines = [torch.cosine_similarity(*map(torch.flatten, pair), 0) for pair in zip(judged, last, strict=True)]
+            bare = [
+                torch.cosine_similarity(x.grad.flatten(), d.flatten(), 0) for x, d in zip(params, last, strict=True)
+            ]
+            far = max(far, *(abs(float(one - other)) for one, other in zip(cosines, bare, strict=True)))
+            p = tensor_scale.AGE * p + (1 - tensor_scale.AGE) * torch.stack(cosines)
+        optimizer.step()
+        last = [old - x.detach() for old, x in zip(before, params, strict=True)]
+        torch.testing.assert_close(state_of(optimizer)["progress"], p, rtol=1e-7, atol=1e-7)
+    assert far > 0.05
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-10, 1.0, 1e4])
+def test_gradients_of_any_size_tell_the_same_or_nothing(size, kernel):
+    """Whose products with steps may be no numbers of float32."""
+    found = []
+    for own in (1.0, size):
+        x = nn.Parameter(torch.zeros(2000))
+        optimizer = lodo.LODO([x], lr=1e-3, preconditioner="identity", scale_lr=0.03)
+        for step in range(20):
+            x.grad = own * (1 + 0.1 * noisy(x.shape, step, torch.float32))
+            optimizer.step()
+        found.append(state_of(optimizer)["progress"].item())
+    assert found[1] == pytest.approx(found[0], rel=1e-4) or found[1] == 0.0
+    assert found[0] > 0.8
 
 
 def test_steps_that_are_taken_back_praise_no_scale(where):

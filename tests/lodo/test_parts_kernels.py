@@ -83,7 +83,7 @@ def check_a_step(found, expected, dtype, **changes):
         if name in ("mixture", "scale"):
             agree_in_tables(tensor, others[name], tolerance)
         elif name in ("progress", "recent_energy"):  # of sums too
-            torch.testing.assert_close(tensor, others[name], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(tensor, others[name], rtol=1e-2 * tolerance, atol=1e-2 * tolerance)
         elif tensor.is_floating_point():
             agree(tensor, others[name], 100 if tensor.dtype == dtype else 2)
         else:
