@@ -87,6 +87,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
             ("learn_all", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer, pointer]),  # g, judged
             ("advance", [ctypes.POINTER(Group), ctypes.POINTER(Cohort)]),
             ("learn_parts", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer]),  # g
+            ("learn_step", [ctypes.POINTER(Group), ctypes.POINTER(Cohort), pointer, pointer]),  # g, step
             ("energies", [ctypes.POINTER(Group), pointer, pointer]),  # g, sums
         ):
             function = getattr(loaded, f"lodo_{name}_{suffix}")

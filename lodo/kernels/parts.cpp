@@ -202,6 +202,33 @@ void learn_from_step(const Group &group, const Cohort &by, int64_t j, const doub
   group.scale_peak[j] = std::max(group.scale_peak[j], by.peak_lr * std::exp(s));
 }
 
+// What that learns from in a chunk.
+template <typename T> void judge(const T *g, const T *step, int64_t count, double *products) {
+  products[0] = dot(g, step, count);
+  products[1] = energy(g, count);
+  products[2] = energy(step, count);
+}
+
+// Lets all parameters learn from what `judge` found in the chunks.
+void learn_from_steps(const Group &group, const Cohort *cohorts, const Cut &cut, const std::vector<double> &judged) {
+  std::vector<double> products(3 * group.parameters);
+  for (size_t i = 0; i < cut.chunks.size(); ++i)
+    for (int64_t p = 0; p < 3; ++p) products[3 * cut.chunks[i].tensor + p] += judged[3 * i + p];
+  for (int64_t j = 0; j < group.parameters; ++j)
+    learn_from_step(group, cohorts[group.cohort[j]], j, products.data() + 3 * j);
+}
+
+// The same of a gradient and a step that are given.
+template <typename T> void learn_step(const Group &group, const Cohort *cohorts, const T *g, const T *step) {
+  if (group.scale == nullptr) return;
+  const Cut cut(group);
+  std::vector<double> judged(3 * cut.chunks.size());
+  cut.each([&](int64_t i, const Chunk &at) {
+    judge(g + at.first, step + at.first, at.end - at.first, judged.data() + 3 * i);
+  });
+  learn_from_steps(group, cohorts, cut, judged);
+}
+
 // Lines 1 and 2: a gradient and the last step teach the scales, the response S^-1 diagonal g to it the mixture, and with
 // the judged vector the network.
 template <typename T> void learn_all(const Group &group, const Cohort *cohorts, const T *g, const T *judged) {
@@ -209,7 +236,7 @@ template <typename T> void learn_all(const Group &group, const Cohort *cohorts, 
   const int64_t n = group.offsets[group.parameters], decays = group.decay_count;
   const T *diagonal = static_cast<const T *>(group.diagonal), *momenta = static_cast<const T *>(group.momenta);
   std::vector<double> parts(cut.chunks.size() * decays), products(decays * group.parameters);
-  std::vector<double> of_steps(3 * cut.chunks.size()), judged_steps(3 * group.parameters);
+  std::vector<double> judged_steps(3 * cut.chunks.size());
   cut.each([&](int64_t i, const Chunk &at) {
     const Cohort &by = cohorts[group.cohort[at.tensor]];
     if (by.active == 0) return;
@@ -219,9 +246,7 @@ template <typename T> void learn_all(const Group &group, const Cohort *cohorts, 
       const T *m = static_cast<const T *>(group.momentum) + at.first;
 #pragma omp simd
       for (int64_t k = 0; k < count; ++k) response[k] = diagonal[at.first + k] * m[k];
-      of_steps[3 * i] = dot(g + at.first, response, count);
-      of_steps[3 * i + 1] = energy(g + at.first, count);
-      of_steps[3 * i + 2] = energy(response, count);
+      judge(g + at.first, response, count, judged_steps.data() + 3 * i);
     }
     const T inverse = factor<T>(group, at.tensor, -1.0);
 #pragma omp simd
@@ -237,12 +262,7 @@ template <typename T> void learn_all(const Group &group, const Cohort *cohorts, 
                    T(rates.forget2), T(group.theta_eps), T(group.largest_theta)},
           at.first, count, response);
   });
-  if (group.judges_step != 0) {
-    for (size_t i = 0; i < cut.chunks.size(); ++i)
-      for (int64_t p = 0; p < 3; ++p) judged_steps[3 * cut.chunks[i].tensor + p] += of_steps[3 * i + p];
-    for (int64_t j = 0; j < group.parameters; ++j)
-      learn_from_step(group, cohorts[group.cohort[j]], j, judged_steps.data() + 3 * j);
-  }
+  if (group.judges_step != 0) learn_from_steps(group, cohorts, cut, judged_steps);
   if (decays == 0) return;
   for (size_t i = 0; i < cut.chunks.size(); ++i)
     for (int64_t b = 0; b < decays; ++b) products[cut.chunks[i].tensor * decays + b] += parts[i * decays + b];
@@ -488,6 +508,9 @@ template <typename T> void energies(const Group &group, const T *g, double *sums
   extern "C" void lodo_advance_##SUFFIX(const Group *group, const Cohort *cohorts) { advance<T>(*group, cohorts); }    \
   extern "C" void lodo_learn_parts_##SUFFIX(const Group *group, const Cohort *cohorts, const T *g) {                   \
     learn_parts<T>(*group, cohorts, g);                                                                                \
+  }                                                                                                                    \
+  extern "C" void lodo_learn_step_##SUFFIX(const Group *group, const Cohort *cohorts, const T *g, const T *step) {      \
+    learn_step<T>(*group, cohorts, g, step);                                                                           \
   }                                                                                                                    \
   extern "C" void lodo_energies_##SUFFIX(const Group *group, const T *g, double *sums) {                               \
     energies<T>(*group, g, sums);                                                                                      \

@@ -46,6 +46,7 @@ class Fused(Plain):
             part.bind_kernel(self._group)
         self._advance, self._learn = (native.function(name, theta.dtype) for name in ("advance", "learn_all"))
         self._learn_parts = native.function("learn_parts", theta.dtype)
+        self._learn_step = native.function("learn_step", theta.dtype)
         self._energies = native.function("energies", theta.dtype)
         self._step = theta.new_empty(offsets[-1])  # kept, for new memory costs about as much as the step
 
@@ -110,6 +111,9 @@ class Fused(Plain):
             self._learn(group, self._numbers, g.data_ptr(), self.momentum.judged.data_ptr())
         if learns and at.options["max_condition"] is not None:
             self.operator.bound_condition_(at.options["max_condition"])
+
+    def learn_from_step_(self, g: Tensor, step: Tensor, at: Context) -> None:
+        self._learn_step(self._group, self._numbers, g.data_ptr(), step.data_ptr())
 
     def advance_(self, g: Tensor, at: Context) -> Tensor:
         step, group = self._step, self._group

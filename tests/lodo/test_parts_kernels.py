@@ -294,6 +294,25 @@ def test_scales_learn_as_their_plain_form_does_in_float64(lengths, dtype, cohort
             assert torch.equal(found.tensors["scale"][place], before["scale"][place]) != has_moved
 
 
+@partitions
+@dtypes
+def test_a_step_that_is_given_judges_scales_as_in_plain_float64(lengths, dtype, cohorts):
+    """As with weight decay, where it is more than the momentum makes of it."""
+    options = {"cohorts": cohorts, "largest_log": 3.0, "weight_decay": 0.1}
+    found, expected = Group(lengths, dtype, **options), Group(lengths, dtype, Plain, True, **options)
+    before, step = found.kept(), random(sum(lengths), dtype=dtype, seed=20) - found.g
+    for group in (found, expected):
+        group.update.begin_(group.context())
+        group.update.learn_from_step_(group.g, step.to(group.g.dtype), group.context())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    for name in ("scale", "scale_peak", "progress"):
+        torch.testing.assert_close(found.tensors[name], expected.tensors[name], rtol=tolerance, atol=tolerance)
+    for cohort in found.cohorts:
+        for place in cohort.places:
+            has_moved = bool(cohort.active) and cohort.last_lr > 0 and lengths[place] > 0
+            assert (found.tensors["progress"][place] != before["progress"][place]) == has_moved
+
+
 @dtypes
 @each_update
 def test_the_peak_of_a_scale_is_of_the_largest_step(dtype, update):
