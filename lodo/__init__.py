@@ -5,6 +5,7 @@ from lodo.diagnostics import hessian_error, spectrum
 from lodo.optimizer import LODO
 from lodo.options import RECOMMENDED
 from lodo.preconditioners import BlockPermutation, Diagonal, Identity, LogDiagonal, Residual, Scalar
+from lodo.schedules import cooldown
 
 __all__ = [
     "LODO",
@@ -16,6 +17,7 @@ __all__ = [
     "LogDiagonal",
     "Residual",
     "Scalar",
+    "cooldown",
     "hessian_error",
     "spectrum",
 ]

@@ -35,6 +35,7 @@ class AutoLODO(LODO):
         scale_trace_decay: decay of the steps that judge the scales.
         momentum_decays: of the momenta.
         mix_lr: learning rate of the momenta's weights; at step t at most 5 / t.
+        average_share: None, or the share of the steps over which an average of the iterates is kept: .1, say.
         meta_every, meta_state_dtype, momentum_dtype, max_step_norm, max_condition, maximize, capturable: as for
             `lodo.LODO`. capturable=True wants base="adam".
         others: as for `lodo.LODO`.
@@ -57,6 +58,7 @@ class AutoLODO(LODO):
         scale_trace_decay: float = 0.998,
         momentum_decays: Sequence[float] | None = (0.0, 0.9, 0.99, 0.999),
         mix_lr: float = 0.01,
+        average_share: float | None = None,
         meta_every: int = 1,
         meta_state_dtype: str | torch.dtype | None = None,
         momentum_dtype: str | torch.dtype | None = None,
@@ -79,6 +81,7 @@ class AutoLODO(LODO):
             scale_trace_decay=scale_trace_decay,
             momentum_decays=momentum_decays,
             mix_lr=mix_lr,
+            average_share=average_share,
             meta_every=meta_every,
             meta_state_dtype=meta_state_dtype,
             momentum_dtype=momentum_dtype,

@@ -1,14 +1,15 @@
 """The optimizer `lodo.LODO`: the protocol of `torch.optim` only. `lodo.step` has the algorithm."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import diagnostics
-from lodo.messages import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
+from lodo.messages import AT_AVERAGES, BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
 from lodo.options import (
     OPTIONS,
     all_values,
@@ -22,12 +23,13 @@ from lodo.options import (
 )
 from lodo.parts import PARTS
 from lodo.preconditioners import Operator, Preconditioner
-from lodo.scalars import Number, is_tensor
+from lodo.scalars import is_tensor
+from lodo.state import averages
 from lodo.state.checks import prepare_state_dict, unwrap
-from lodo.state.flat import Mesh, check_parameters, has_gradients, is_sharded
+from lodo.state.flat import check_parameters, has_gradients, is_sharded
 from lodo.state.group_state import GroupState, has_state
 from lodo.state.layout import slots_of
-from lodo.step import check_gradient, take_step_
+from lodo.step import check_gradients, take_step_
 
 
 class LODO(Optimizer):
@@ -72,6 +74,8 @@ class LODO(Optimizer):
             their mixture takes the place of the single momentum, and starts near that of decay `beta`. See
             `lodo.parts.mixture`.
         mix_lr: learning rate of these weights.
+        average_share: None, or the share of the steps so far, > 0 and <= 1, over which an average of the iterates is
+            kept (`lodo.parts.average`; .1 is a good one), 4 bytes a parameter. `averaged` and `eval` show it.
         max_step_norm: the longest step, relative to the parameters: a step longer than max_step_norm * |x| over its
             param group (or than if x had a root mean square of 1e-3) is shortened to that. To the hypergradient it is a
             step of a smaller lr. Weight decay comes on top.
@@ -117,6 +121,7 @@ class LODO(Optimizer):
         scale_trace_decay: float = 0.998,
         momentum_decays: Sequence[float] | None = None,
         mix_lr: float = 0.01,
+        average_share: float | None = None,
         meta_every: int = 1,
         meta_state_dtype: str | torch.dtype | None = None,
         momentum_dtype: str | torch.dtype | None = None,
@@ -148,10 +153,9 @@ class LODO(Optimizer):
         """Lets learning begin anew where the data have changed, and keeps what is known.
 
         Scales, gains and the weights of the momenta, which learn ever more slowly in a long training, go back to their
-        start and learn at least as fast as there; averages last as long and eigenbases are renewed as often. What
-        is known of the gradients stays: momenta, second moments, eigenbases. So do the counts of steps. The paper's
-        method learns at a constant rate, and is left as it is. A step that was captured in a CUDA graph is to be
-        captured anew.
+        start and learn at least as fast as there; averages of the iterates begin anew. What is known of the gradients
+        stays (momenta, second moments, eigenbases), and so do the counts of steps. The paper's method learns at a
+        constant rate, and is left as it is. A step that was captured in a CUDA graph is to be captured anew.
 
         Args:
             group: index of a param group; None for all.
@@ -202,6 +206,42 @@ class LODO(Optimizer):
         They are the optimizer's own and go on learning; `copy.deepcopy` one to keep it as it is.
         """
         return [self._group_state(group).operator if self._has_state(group) else None for group in self.param_groups]
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the parameters at the averages of their iterates (`average_share`), to be evaluated or deployed.
+
+        They stay there until `train`, before which `step` refuses to go on; the optimizer's state keeps, and saves, the
+        parameters themselves meanwhile. Twice, or without averages, it does nothing: tools that know optimizers with
+        these two methods, as Hugging Face's Trainer does, may call them at any time.
+        """
+        groups = [group for group in self.param_groups if self._has_state(group) and not self._is_averaged(group)]
+        averages.show_([(self._group_state(group), group["params"]) for group in groups], self.state)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the parameters back, bit for bit, after `eval`; else it does nothing."""
+        for group in filter(self._is_averaged, self.param_groups):
+            averages.hide_(self._group_state(group), group["params"], self.state)
+
+    def averaged(
+        self, model: nn.Module | None = None, batches: Iterable[Any] | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, the parameters are as after `eval`; training goes on as if nobody had asked.
+
+        Args:
+            model, batches: both, if the model has batch normalisation: its statistics are then computed anew at the
+                averages, from these batches of inputs (`torch.optim.swa_utils.update_bn`), and are put back too.
+
+        Raises:
+            ValueError: if no param group keeps averages, or one of the two arguments is missing.
+        """
+        if all(group["average_share"] is None for group in self.param_groups):
+            raise ValueError("average_share must be a number in some param group for `averaged`, got None in all")
+        if (model is None) is not (batches is None):
+            raise ValueError(f"model and batches must both be given, or none, got {model!r} and {batches!r}")
+        is_averaged = any(map(self._is_averaged, self.param_groups))
+        return averages.shown(self.eval, (lambda: None) if is_averaged else self.train, model, batches)
 
     @property
     def skipped_steps(self) -> int:
@@ -271,11 +311,13 @@ class LODO(Optimizer):
             RuntimeError: for sparse gradients, parameters without data, state of other groups, or a capture that is not
                 allowed; nothing has changed then. Also after a step that was broken off in the middle, until a state is
                 loaded: an exception such as torch.OutOfMemoryError that comes while parameters and state change has a
-                note that says so.
+                note that says so. And while the parameters are at their averages (`eval`).
         """
         must_wait = self._is_broken_off and not self._is_reloaded()
         if must_wait and any(group["lr"] != 0 for group in self.param_groups):
             raise RuntimeError(BROKEN_OFF)
+        if any(map(self._is_averaged, self.param_groups)):
+            raise RuntimeError(AT_AVERAGES)
         is_captured = self._is_captured()
         loss = None
         if closure is not None:
@@ -290,7 +332,7 @@ class LODO(Optimizer):
             if group["maximize"]:
                 live.gradient.neg_()
             live.counts.lr.set(group["lr"])
-        verdicts = _check_gradients(groups, lives)
+        verdicts = check_gradients(groups, lives)
         if must_wait:
             return loss  # lr = 0: distributed checkpointing makes the state that it will load into
         # Up to here nothing has changed. A capture only records, so that one which fails changes nothing either.
@@ -407,6 +449,9 @@ class LODO(Optimizer):
     def _has_state(self, group: dict[str, Any]) -> bool:
         return has_state(group["params"], self.state)
 
+    def _is_averaged(self, group: dict[str, Any]) -> bool:
+        return averages.are_shown(group["params"], self.state)
+
     def _is_live(self, group: dict[str, Any]) -> bool:
         """Whether a step was taken on the group's state as it is, so that the next one has nothing to prepare."""
         live = self._live.get(group["params"][0])
@@ -456,26 +501,3 @@ def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
         return None  # torch refuses this itself
     optimizer._has_new_networks, optimizer._has_momentum_alone = prepared.has_new_networks, prepared.has_lost_networks
     return {**state_dict, "state": prepared.state}
-
-
-def _squares(group: Mapping[str, Any]) -> bool:
-    """Whether the inner optimizer squares the hypergradient."""
-    return bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
-
-
-def _check_gradients(groups: list[dict[str, Any]], lives: list[GroupState]) -> list[tuple[Number, Number]]:
-    """`check_gradient` for each group. One unsound group makes those on its device unsound too: a step is taken whole
-    or not.
-
-    Groups that are sharded differently do not: what ranks have in common must not hang on what only one of them sees.
-    """
-    verdicts = [
-        check_gradient(
-            live.measure(), live.counts.lr.get() / (1 - group["trace_decay"]), live.flat.dtype, _squares(group)
-        )
-        for group, live in zip(groups, lives, strict=True)
-    ]
-    together: dict[Mesh, Number] = {}
-    for live, (is_sound, _) in zip(lives, verdicts, strict=True):
-        together[live.flat.mesh] = is_sound & together.get(live.flat.mesh, True)  # type: ignore[operator]
-    return [(together[live.flat.mesh], is_idle) for live, (_, is_idle) in zip(lives, verdicts, strict=True)]

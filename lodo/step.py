@@ -20,7 +20,8 @@ Lines 1 to 4 themselves are in `lodo.update.plain`, and once more, faster, in `l
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from lodo.context import Context
 from lodo.parts import Undone
 from lodo.parts.record import judged_share
 from lodo.scalars import Number, is_tensor, norm, where
+from lodo.state.flat import Mesh
 from lodo.state.group_state import GroupState
 
 
@@ -47,6 +49,8 @@ def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
         at = at._replace(unit=live.unit)
         share, last = look_back(live, at, params)
         at = at._replace(share=share, unit=live.change_unit_(at.active))
+    if live.average is not None:
+        live.average.take_in_(live.parameters(params) if live.x is None else live.x, at)
     update.begin_(at)
     if live.record is not None:
         decayed = gradient_with_decay(live, at)
@@ -203,6 +207,23 @@ def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Num
     elif not is_finite:
         step.zero_()
     return factor, is_finite
+
+
+def check_gradients(groups: Sequence[Mapping[str, Any]], lives: Sequence[GroupState]) -> list[tuple[Number, Number]]:
+    """`check_gradient` for each group. One unsound group makes those on its device unsound too: a step is taken whole
+    or not.
+
+    Groups that are sharded differently do not: what ranks have in common must not hang on what only one of them sees.
+    """
+    verdicts = []
+    for group, live in zip(groups, lives, strict=True):
+        is_squared = bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
+        lr = live.counts.lr.get() / (1 - group["trace_decay"])
+        verdicts.append(check_gradient(live.measure(), lr, live.flat.dtype, is_squared))
+    together: dict[Mesh, Number] = {}
+    for live, (is_sound, _) in zip(lives, verdicts, strict=True):
+        together[live.flat.mesh] = is_sound & together.get(live.flat.mesh, True)  # type: ignore[operator]
+    return [(together[live.flat.mesh], is_idle) for live, (_, is_idle) in zip(lives, verdicts, strict=True)]
 
 
 def check_gradient(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:

@@ -3,6 +3,7 @@
 from collections.abc import Container
 
 from lodo.declarations import Options
+from lodo.parts.average import Average
 from lodo.parts.eigenbasis import Eigenbasis
 from lodo.parts.mixture import Mixture
 from lodo.parts.momentum import Momentum
@@ -11,7 +12,7 @@ from lodo.parts.record import Record
 from lodo.parts.second_moment import SecondMoment
 from lodo.parts.tensor_scale import TensorScale
 
-PARTS: tuple[type[Part], ...] = (SecondMoment, Eigenbasis, TensorScale, Momentum, Mixture)
+PARTS: tuple[type[Part], ...] = (SecondMoment, Eigenbasis, TensorScale, Momentum, Mixture, Average)
 """All there are, in the order in which their hooks are called."""
 
 
@@ -40,4 +41,4 @@ def parts_of(options: Options, found: Container[str] = ()) -> tuple[type[Part], 
     return (*used, Record) if any(part.needs_record for part in used) else tuple(used)
 
 
-__all__ = ["PARTS", "Layout", "Momentum", "Part", "Record", "Undone", "parts_of"]
+__all__ = ["PARTS", "Average", "Layout", "Momentum", "Part", "Record", "Undone", "parts_of"]

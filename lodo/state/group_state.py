@@ -10,7 +10,7 @@ from torch import Tensor
 from lodo import inner_optimizer, scalars
 from lodo.context import Context
 from lodo.declarations import Kind
-from lodo.parts import Momentum, Part, Record, parts_of
+from lodo.parts import Average, Momentum, Part, Record, parts_of
 from lodo.preconditioners import BY_NAME, Composite, Operator, Preconditioner
 from lodo.scalars import Number, energy, is_tensor, stacked
 from lodo.state.counts import Counts
@@ -44,6 +44,7 @@ class GroupState:
     Attributes:
         tensors: by the names of the slots, each for all parameters of the group.
         network, parts, momentum, record: what steps are made with; no record without parts beyond the paper.
+        average: of the iterates, if they are asked for.
         operator: G / lr.
         update: what executes steps.
         gradient, x: of the present step, shape (n,).
@@ -177,6 +178,7 @@ class GroupState:
             self.parts.append(part)
         self.momentum = next(part for part in self.parts if isinstance(part, Momentum))
         self.record = next((part for part in self.parts if isinstance(part, Record)), None)
+        self.average = next((part for part in self.parts if isinstance(part, Average)), None)
         self._unit_part = next((part for part in self.parts if part.changes_gradients), None)
         self.waits = scalars.is_readable(self.tensors["step"]) or any(part.waits for part in self.parts)
 
@@ -334,6 +336,12 @@ class GroupState:
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
+    def parameters(self, params: Sequence[Tensor]) -> Tensor:
+        """The parameters as they are, shape (n,), in new memory."""
+        x = self.flat.new_vector()
+        self.flat.gather(self.flat.tensors(params), self.flat.views(x))
+        return x
+
     def measure(self) -> Number:
         """The sum of squares of the gradient, in the unit that it calls for."""
         if self.record is None:
@@ -391,10 +399,10 @@ class GroupState:
 
     def reset_(self) -> None:
         """Lets what learns ever more slowly begin anew, over the statistics of gradients that there are."""
-        if self.record is None:
-            return
         for part in self.parts:
             part.reset_()
+        if self.record is None:
+            return
         if self.network.rate_cap is not None:
             for tensor in (self.network.theta, *(self.moments or ()), self.tensors["meta_step"]):
                 tensor.zero_()

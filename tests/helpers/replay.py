@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lodo.context import Cohort, Context
-from lodo.parts import Layout, Momentum, Part, Record, Undone
+from lodo.parts import Average, Layout, Momentum, Part, Record, Undone
 from lodo.parts.eigenbasis import Eigenbasis
 from lodo.parts.mixture import Mixture
 from lodo.parts.record import judged_share
@@ -29,9 +29,10 @@ Number = Callable[[Any], Any]
 
 MOMENTS = ("theta_exp_avg", "theta_exp_avg_sq")
 SHAPED = {"momentum", "momentum_trace", "exp_avg_sq", "seen", "step_trace", "momenta", "written", "theta", *MOMENTS}
-INTEGERS = {"step", "skipped_steps", "meta_step", "network_step", "reset_at"}
+SHAPED |= {"average"}
+INTEGERS = {"step", "skipped_steps", "meta_step", "network_step", "reset_at", "averaged"}
 PACKED = {"factors", "eigenbasis"}
-NUMBERS = {*INTEGERS, "last_lr", "scheduled_lr"}  # what no part computes with
+NUMBERS = {*INTEGERS, "last_lr", "scheduled_lr"} - {"averaged"}  # what no part computes with
 # Of float64 whatever the parameters are:
 WIDE = {"scale", "scale_peak", "trace_peak", "progress", "mixture", "recent_energy", "unit", "scheduled_lr", "last_lr"}
 # The powers of gradients that there are of, and those of the rows of tables.
@@ -101,7 +102,8 @@ class Replay:
         scale: list[type[Part]] = [TensorScale] if options["scale_lr"] > 0 or "scale" in found else []
         momentum: type[Part] = Momentum if options["momentum_decays"] is None else Mixture
         record: list[type[Part]] = [Record] if base or scale or momentum is Mixture else []
-        return [*base, *scale, momentum, *record]
+        average: list[type[Part]] = [Average] if options["average_share"] is not None or "average" in found else []
+        return [*base, *scale, momentum, *average, *record]
 
     def names(self) -> list[str]:
         """Of what there is for each parameter."""
@@ -113,6 +115,7 @@ class Replay:
         names += ["factors", "eigenbasis", "seen"] if Eigenbasis in parts else []
         names += ["scale", "scale_peak", "trace_peak", "progress", "step_trace"] if TensorScale in parts else []
         names += ["momenta", "mixture", "recent_energy"] if Mixture in parts else []
+        names += ["average", "averaged"] if Average in parts else []
         names += ["written", "scheduled_lr", "reset_at"] if Record in parts else []
         return names + (self.names_of_network() if self.kind.is_elementwise else [])
 
@@ -186,7 +189,10 @@ class Replay:
             self.shared = {}
 
     def reset(self) -> None:
-        """Lets begin anew what learns ever more slowly."""
+        """Lets begin anew what learns ever more slowly, and averages of the iterates."""
+        for own in self.own:
+            if "averaged" in own:
+                own["averaged"].zero_()
         if Record not in self.parts():
             return
         for own in self.own:
@@ -358,6 +364,9 @@ class Replay:
         if "unit" in tensors:
             at = at._replace(unit=number(float(tensors["unit"][0]) or 1.0))
 
+        for part in parts:
+            if isinstance(part, Average):
+                part.take_in_(self.flat(self.values), at)
         update.begin_(at)
         if "written" in tensors:
             pulled = gradient

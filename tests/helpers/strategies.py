@@ -78,6 +78,7 @@ RATES: dict[str, st.SearchStrategy[Any]] = {
     "scale_lr": st.sampled_from((0.0, 0.01)),
     "scale_trace_decay": st.sampled_from((0.0, 0.9)),
     "mix_lr": st.sampled_from((0.0, 0.01, 0.3)),
+    "average_share": st.sampled_from((None, 0.1, 1, 1e-4)),
     "meta_every": st.sampled_from((1, 2, 3)),
     "meta_state_dtype": st.sampled_from((None, "bfloat16")),
     "momentum_dtype": st.sampled_from((None, "bfloat16")),

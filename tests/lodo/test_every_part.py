@@ -21,6 +21,7 @@ ROWS = {
     "TensorScale": {"scale_lr": 0.03},
     "Momentum": {"trace_decay": 0.9},
     "Mixture": {"momentum_decays": (0.0, 0.9, 0.99)},
+    "Average": {"average_share": 0.3},
 }
 TOGETHER = {name: value for name, value in lodo.RECOMMENDED.items() if name not in ("lr", "preconditioner")}
 ALONE = [(name, kind, options) for name, options in ROWS.items() for kind in ("log_diagonal", "block_permutation")]
@@ -79,7 +80,7 @@ def test_signature_and_table_agree():
     assert given.keys() >= {name for part in PARTS if part.__name__ in BUILT_IN for name in part.options}
 
 
-BUILT_IN = ("SecondMoment", "Eigenbasis", "TensorScale", "Momentum", "Mixture")
+BUILT_IN = ("SecondMoment", "Eigenbasis", "TensorScale", "Momentum", "Mixture", "Average")
 
 
 @every_part

@@ -30,6 +30,7 @@ PARTS = {
     },
 }
 ALL = {"base": "soap", "scale_lr": 0.05, "trace_decay": 0.9, "momentum_decays": (0.0, 0.9)}
+ALL |= {"average_share": 0.3}
 each_part = pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
 
 
@@ -335,7 +336,7 @@ NAMES = (
         "momenta",
         "mixture",
     ),
-    *("written", "scheduled_lr", "reset_at"),
+    *("written", "scheduled_lr", "reset_at", "average", "averaged"),
 )
 
 
@@ -404,7 +405,7 @@ def with_number(index, number):
     return change
 
 
-COUNTS = ("step", "skipped_steps", "reset_at")
+COUNTS = ("step", "skipped_steps", "reset_at", "averaged")
 NUMBERS = (
     *(
         "momentum_trace",
@@ -421,7 +422,7 @@ NUMBERS = (
         "momenta",
         "mixture",
     ),
-    *("written", "scheduled_lr"),
+    *("written", "scheduled_lr", "average"),
 )
 TENSORS = (*COUNTS, "seen", *NUMBERS)
 PLACES = (0, 3)  # those of SHAPES that have factors

@@ -357,6 +357,9 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     )
     | wrong_numbers.map(lambda value: (0.9, value)),
     "mix_lr": wrong_numbers | st.just(torch.tensor(0.5)),
+    "average_share": (wrong_numbers | st.just(0.0) | st.floats(1, exclude_min=True)).filter(
+        lambda value: value is not None
+    ),
     "scale_trace_decay": wrong_numbers | st.floats(min_value=1) | st.just(1) | st.just(torch.tensor(0.5)),
     "meta_every": no_integers | st.integers(max_value=0) | st.none(),
     "meta_state_dtype": wrong_dtypes,

@@ -1,0 +1,265 @@
+"""How a training ends: schedules, averages of the iterates, early stopping and weight decay, all with AutoLODO.
+
+    python -m benchmarks.endings --data-root MNIST [--out DIR] [--seeds N]
+
+On the tasks of the shoot-out on which defaults are chosen. One run gives the point where it ended, the average of its
+iterates there, and the point where validation was lowest on the way. Runs are kept in `runs.jsonl` of the folder as
+they come; what is there is not run again. The report and its picture are made of them.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, geometric_mean, median
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+
+import lodo
+from benchmarks.environment import environment
+from benchmarks.shootout.problem import Problem, Task
+from benchmarks.shootout.running import DIVERGED, TAIL, VALIDATIONS
+from benchmarks.shootout.tasks import TASKS, get_task
+
+OUT = Path(__file__).parent / "results" / "endings"
+SHARE = 0.1  # of the averages
+CONSTANT = "constant rate"
+LAST, AVERAGE, BEST = "last point", "average", "best validation"
+TRAINING, VALIDATION = "training", "validation"
+
+Record = dict[str, Any]
+
+
+def cooled(share: float) -> Callable[[Optimizer, int], LRScheduler]:
+    return lambda optimizer, steps: lodo.cooldown(optimizer, steps, share)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A schedule, from the optimizer and the number of steps, and options of AutoLODO."""
+
+    schedule: Callable[[Optimizer, int], LRScheduler] = lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def applies_to(self, task: Task) -> bool:
+        """Weight decay is for tasks where the same data come again and again."""
+        return not self.options or task.has_finite_data
+
+
+ENDINGS: dict[str, Ending] = {
+    CONSTANT: Ending(),
+    "cooldown, last 10 %": Ending(cooled(0.1)),
+    "cooldown, last 20 %": Ending(cooled(0.2)),
+    "cooldown, last 30 %": Ending(cooled(0.3)),
+    "linear decay": Ending(cooled(1)),
+    "cosine": Ending(lambda optimizer, steps: CosineAnnealingLR(optimizer, steps)),
+    "weight decay .03": Ending(options={"weight_decay": 0.03}),
+    "weight decay .1": Ending(options={"weight_decay": 0.1}),
+    "weight decay .3": Ending(options={"weight_decay": 0.3}),
+}
+
+
+def validated(problem: Problem, renews: bool = False) -> float | None:
+    """The loss on held-out data at the present parameters; None without such data."""
+    put_back = problem.renew_statistics() if renews else lambda: None
+    found = problem.validate()
+    put_back()
+    return None if found is None else found[0]
+
+
+def run(task: Task, seed: int, name: str, data_root: Path | None = None, steps: int | None = None) -> Record:
+    """Trains once. A training loss is the mean over the last tenth of the steps; where it is not finite, or far above
+    that of standing still, all losses are None."""
+    ending, steps = ENDINGS[name], task.steps if steps is None else steps
+    problem = task.build(seed, data_root)
+    torch.manual_seed(seed)
+    optimizer = lodo.AutoLODO(problem.params, average_share=SHARE, **ending.options)
+    schedule = ending.schedule(optimizer, steps)
+    points = {math.ceil(number * steps / VALIDATIONS) for number in range(1, VALIDATIONS + 1)}
+    losses: list[float] = []
+    at_average: list[float] = []
+    along: list[float] = []
+    record: Record = {"task": task.name, "seed": seed, "ending": name, "steps": steps, "version": task.version}
+    record |= {"environment": environment(), TRAINING: {}, VALIDATION: {}}
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss = problem.loss()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            return record
+        if step > steps - max(1, math.floor(TAIL * steps)):
+            with optimizer.averaged(), torch.no_grad():
+                at_average.append(float(problem.evaluate()))
+        optimizer.step()
+        schedule.step()
+        if step in points and (found := validated(problem)) is not None:
+            along.append(found)
+    last = fmean(losses[-len(at_average) :])
+    if last > DIVERGED * problem.idle_loss:
+        return record
+    record[TRAINING] = {LAST: last, AVERAGE: fmean(at_average)}
+    if along:
+        with optimizer.averaged():
+            record[VALIDATION] = {LAST: along[-1], AVERAGE: validated(problem, renews=True), BEST: min(along)}
+    return record
+
+
+def loaded(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("task", "seed", "ending", "steps", "version"))
+
+
+def run_missing(
+    tasks: Sequence[Task], seeds: Sequence[int], path: Path, data_root: Path | None, steps: int | None
+) -> None:
+    """All runs that are not on record yet, seed by seed."""
+    done = set(map(_key, loaded(path)))
+    for seed in seeds:
+        for task in tasks:
+            for name in [name for name, ending in ENDINGS.items() if ending.applies_to(task)]:
+                if (task.name, seed, name, steps or task.steps, task.version) in done:
+                    continue
+                record = run(task, seed, name, data_root, steps)
+                with path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print(f"{task.name}, seed {seed}, {name}: {record[TRAINING]} {record[VALIDATION]}", file=sys.stderr)
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+Row = tuple[str, str]
+"""An ending, and which of its points."""
+
+
+def rows_of(records: Sequence[Record], aim: str) -> list[Row]:
+    """Early stopping is shown for a constant rate alone."""
+    names = [name for name in ENDINGS if any(record["ending"] == name for record in records)]
+    rows = [(name, point) for name in names for point in (LAST, AVERAGE)]
+    return [*rows, (CONSTANT, BEST)] if aim == VALIDATION else rows
+
+
+def ratio(records: Sequence[Record], task: str, row: Row, aim: str) -> float | None:
+    """The median over the seeds of the losses over those of a constant rate's last point at the same seed; infinite
+    where a run diverged, None where there is none."""
+    losses = {(r["seed"], r["ending"]): r[aim] for r in records if r["task"] == task}
+    found = []
+    for (seed, name), own in losses.items():
+        reference = losses.get((seed, CONSTANT), {}).get(LAST)
+        if name == row[0] and reference is not None:
+            found.append(own[row[1]] / reference if row[1] in own else math.inf)
+    return median(found) if found else None
+
+
+def table(records: Sequence[Record], tasks: Sequence[str], aim: str) -> list[str]:
+    lines = [f"| ending | point | {' | '.join(tasks)} | mean |", f"|:--|:--|{'--:|' * (len(tasks) + 1)}"]
+    for row in rows_of(records, aim):
+        found = [ratio(records, task, row, aim) for task in tasks]
+        known = [each for each in found if each is not None]
+        if not known:
+            continue
+        mean = f"{geometric_mean(known):.2f}" if all(map(math.isfinite, known)) else "-"
+        cells = ["" if each is None else f"{each:.2f}" for each in found]
+        lines.append(f"| {row[0]} | {row[1]} | {' | '.join(cells)} | {mean} |")
+    return lines
+
+
+def report(records: Sequence[Record]) -> str:
+    """The tables, in Markdown."""
+    tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
+    with_validation = [t for t in tasks if any(r[VALIDATION] for r in records if r["task"] == t)]
+    losses = {
+        task: median(r[TRAINING].get(LAST, math.inf) for r in records if r["task"] == task and r["ending"] == CONSTANT)
+        for task in tasks
+    }
+    machine, seeds = records[-1]["environment"], len({record["seed"] for record in records})
+    return "\n".join(
+        [
+            "# How a training ends",
+            "",
+            f"`python -m benchmarks.endings --data-root MNIST`, {machine['processor']}, torch {machine['torch']}, lodo "
+            f"source {machine['lodo_source']}, {seeds} seeds. AutoLODO without a warm-up, its averages over a share of "
+            f"{SHARE} of the steps. Losses over those of the last point of a constant rate at the same seed, medians "
+            "over the seeds; means are geometric, over the tasks that there are of the row. The training loss is the "
+            "mean of the last tenth of the steps (at the average: of the same batches there), the validation loss that "
+            f'at the end; "{BEST}" is the lowest of {VALIDATIONS} along the run, which has looked at the held-out data '
+            "to stop early. Weight decay is for tasks whose data come again and again.",
+            "",
+            "Training losses of the constant rate: "
+            f"{', '.join(f'{name} {loss:.3g}' for name, loss in losses.items())}.",
+            "",
+            "## Training",
+            "",
+            *table(records, tasks, TRAINING),
+            "",
+            "## Validation",
+            "",
+            *table(records, with_validation, VALIDATION),
+            "",
+            "![Ratios to the last point of a constant rate](endings.png)",
+            "",
+        ]
+    )
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """A dot for each ending and task, training and validation side by side."""
+    from matplotlib import pyplot as plt
+
+    shown = [(CONSTANT, AVERAGE), ("cooldown, last 20 %", LAST), ("linear decay", LAST), ("cosine", LAST)]
+    shown.append(("weight decay .1", LAST))
+    tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(tasks) + 1.6), sharey=True, layout="constrained")
+    for axis, aim in zip(axes, (TRAINING, VALIDATION), strict=True):
+        for number, (row, marker) in enumerate(zip(shown, "os^Dv", strict=True)):
+            found = [(place, ratio(records, task, row, aim)) for place, task in enumerate(tasks)]
+            known = [(place + 0.12 * (number - 2), r) for place, r in found if r is not None and math.isfinite(r)]
+            label = "average of a constant rate" if row == (CONSTANT, AVERAGE) else row[0]
+            axis.plot([r for _, r in known], [place for place, _ in known], marker, label=label, markersize=6)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{aim} loss over that of a constant rate's last point")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(tasks)), tasks)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of runs, report and picture")
+    parser.add_argument("--data-root", type=Path, help="folder of MNIST's files; its tasks are left out without")
+    parser.add_argument("--tasks", help="comma-separated; all on which defaults are chosen")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs of each ending on each task")
+    parser.add_argument("--steps", type=int, help="of every run, instead of the tasks' own; for trying out")
+    parser.add_argument("--report-only", action="store_true", help="of the runs that there are")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    names = chosen.tasks.split(",") if chosen.tasks else [n for n, task in TASKS.items() if task.split == "choose"]
+    tasks = [get_task(name) for name in names]
+    for task in [task for task in tasks if task.needs_mnist and chosen.data_root is None]:
+        print(f"{task.name} is left out: it needs --data-root, the folder of MNIST's files", file=sys.stderr)
+        tasks.remove(task)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    path = chosen.out / "runs.jsonl"
+    if not chosen.report_only:
+        run_missing(tasks, range(chosen.seeds), path, chosen.data_root, chosen.steps)
+    if not (records := loaded(path)):
+        sys.exit(f"there are no runs in {path}")
+    (chosen.out / "report.md").write_text(report(records))
+    draw(records, chosen.out / "endings.png")
+
+
+if __name__ == "__main__":
+    main()
