@@ -7,6 +7,11 @@ param group without weight decay for biases and norms. It multiplies lr with a l
 Trainer takes an optimizer that is made already too, with its scheduler: here the paper's LODO, one network over all
 parameters. (Made by Trainer it would have a network for each of the two groups.)
 
+It calls an optimizer's `eval` before it evaluates and its `train` before it trains, if there are such (transformers >=
+4.47): with `{"average_share": 0.1}` among AutoLODO's options it evaluates averages of the iterates. Checkpoints that it
+writes after an evaluation have the averages in the model and the iterates in the optimizer's state, so that a run that
+is resumed goes on from these.
+
 It clips gradients (max_grad_norm), steps the scheduler, saves the optimizer's state, and loads it with
 weights_only=True.
 """
@@ -49,6 +54,18 @@ def trainer_without_tuning(model: PreTrainedModel, folder: Path, **arguments: An
     )
 
 
+def trainer_with_averages(model: PreTrainedModel, folder: Path, share: float | None = 0.1, **arguments: Any) -> Trainer:
+    """Evaluates them just before each checkpoint."""
+    settings = {"lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": SAVED_AT, **arguments}
+    return Trainer(
+        model=model,
+        args=training_arguments(folder, **settings),
+        train_dataset=sequences(),
+        eval_dataset=sequences(),
+        optimizer_cls_and_kwargs=(lodo.AutoLODO, {"average_share": share}),
+    )
+
+
 def trainer(model: PreTrainedModel, folder: Path, **arguments: Any) -> Trainer:
     """Of the paper's LODO."""
     optimizer = lodo.LODO(model.named_parameters(), lr=0.3, meta_lr=3e-3, **LEAN)
@@ -66,7 +83,8 @@ def losses_of(trained: Trainer) -> list[float]:
 
 
 def main() -> None:
-    for title, make in (("AutoLODO", trainer_without_tuning), ("LODO", trainer)):
+    makers = (("AutoLODO", trainer_without_tuning), ("with averages", trainer_with_averages), ("LODO", trainer))
+    for title, make in makers:
         with tempfile.TemporaryDirectory() as name:
             whole = make(gpt2(), Path(name))
             whole.train()

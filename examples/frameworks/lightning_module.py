@@ -4,6 +4,8 @@
 that leaves its optimizer to LightningCLI gets AutoLODO by its class path: `--optimizer=lodo.AutoLODO`, or
 `optimizer: {class_path: lodo.AutoLODO}` in YAML.
 
+`AveragesInValidation` is a callback that validates averages of the iterates, where the optimizer keeps them.
+
 Lightning gives `step` a closure, clips gradients inside it and steps the scheduler afterwards.
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +23,20 @@ import lodo
 from examples.frameworks.tiny import LEAN, network, points
 
 EPOCHS, SAVED_AFTER = 8, 4
+
+
+class AveragesInValidation(Callback):
+    """To be among the trainer's callbacks: validation sees the averages, training and checkpoints the iterates."""
+
+    def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, lodo.LODO):
+                optimizer.eval()
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, lodo.LODO):
+                optimizer.train()
 
 
 class Classifier(lightning.LightningModule):
@@ -48,24 +64,45 @@ class ClassifierWithoutTuning(Classifier):
         return lodo.AutoLODO(self.parameters())
 
 
+class ClassifierWithAverages(Classifier):
+    """Sees in `validated` at which parameters it was validated."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.validated: list[list[Tensor]] = []
+
+    def configure_optimizers(self) -> Any:
+        return lodo.AutoLODO(self.parameters(), average_share=0.1)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        x, y = batch
+        self.log("validation_loss", nn.functional.cross_entropy(self.network(x), y))
+        self.validated.append([p.detach().clone() for p in self.parameters()])
+
+
 def fit(module: Classifier, folder: Path, resume_from: Path | None = None, **options: Any) -> lightning.Trainer:
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,
         gradient_clip_val=1.0,
         default_root_dir=folder,
-        callbacks=[ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=SAVED_AFTER, save_top_k=-1)],
+        callbacks=[
+            AveragesInValidation(),
+            ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=SAVED_AFTER, save_top_k=-1),
+        ],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, DataLoader(points(), batch_size=32), ckpt_path=resume_from)
+    validation = DataLoader(points(512, seed=1), batch_size=512) if isinstance(module, ClassifierWithAverages) else None
+    trainer.fit(module, DataLoader(points(), batch_size=32), validation, ckpt_path=resume_from)
     return trainer
 
 
 def main() -> None:
-    for title, make in (("AutoLODO", ClassifierWithoutTuning), ("LODO", Classifier)):
+    makers = (("AutoLODO", ClassifierWithoutTuning), ("with averages", ClassifierWithAverages), ("LODO", Classifier))
+    for title, make in makers:
         with tempfile.TemporaryDirectory() as name:
             whole, folder = make(), Path(name)
             fit(whole, folder)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lodo
-from examples.frameworks import accumulation, amp, compiled, swa
+from examples.frameworks import accumulation, amp, averages, compiled, swa
 from examples.frameworks.tiny import LEAN, lean_lodo, network, state_bytes
 
 # Read when the libraries are first imported.
@@ -25,6 +25,7 @@ NEEDS = {
     "hf_accelerate": ("accelerate",),
     "hf_peft": ("transformers", "peft"),
     "lightning_module": ("lightning",),
+    "averages": (),
     "swa": (),
     "compiled": (),
     "amp": (),
@@ -120,6 +121,29 @@ def test_trainer_resumes_bit_for_bit_in_mid_epoch(tmp_path):
     assert_same_end(resumed.model, resumed.optimizer.optimizer, whole.model, optimizer)
 
 
+def test_trainer_evaluates_averages_and_resumes_from_the_iterates(tmp_path):
+    """From a checkpoint that it wrote with the averages in the model."""
+    hf_trainer = example("hf_trainer")
+    whole = hf_trainer.trainer_with_averages(hf_trainer.gpt2(), tmp_path)
+    whole.train()
+    plain = hf_trainer.trainer_with_averages(hf_trainer.gpt2(), tmp_path / "plain", share=None)
+    plain.train()
+    optimizer = whole.optimizer.optimizer
+    shown = [p.detach().clone() for p in whole.model.parameters()]  # the last evaluation came after the last step
+    losses = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+    assert whole.evaluate()["eval_loss"] == losses[-1]
+    optimizer.train()
+    assert_same(list(whole.model.parameters()), list(plain.model.parameters()))
+    assert not torch.equal(shown[0], next(whole.model.parameters()))
+
+    checkpoint = tmp_path / f"checkpoint-{hf_trainer.SAVED_AT}"
+    assert "iterate" in torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"][0]
+    resumed = hf_trainer.trainer_with_averages(hf_trainer.gpt2(seed=1), tmp_path)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed.optimizer.train()  # as Accelerate passes it on
+    assert_same_end(resumed.model, resumed.optimizer.optimizer, whole.model, optimizer)
+
+
 def test_trainer_makes_the_optimizer_with_a_group_for_what_has_no_weight_decay(tmp_path):
     hf_trainer = example("hf_trainer")
     from transformers import Trainer
@@ -174,6 +198,18 @@ def test_accelerate_clips_before_the_step(monkeypatch):
 
 
 # ---- Lightning -----------------------------------------------------------------------------------------------------
+
+
+@LIGHTNING_WARNS
+def test_lightning_validates_averages_and_trains_on_the_iterates(tmp_path):
+    lightning_module = example("lightning_module")
+    plain, module = lightning_module.ClassifierWithoutTuning(), lightning_module.ClassifierWithAverages()
+    lightning_module.fit(plain, tmp_path / "plain")
+    trainer = lightning_module.fit(module, tmp_path)
+    assert_same(list(module.parameters()), list(plain.parameters()))
+    assert not torch.equal(module.validated[-1][0], next(module.parameters()))
+    with trainer.optimizers[0].averaged():
+        assert_same(module.validated[-1], [p.detach() for p in module.parameters()])
 
 
 @LIGHTNING_WARNS
@@ -245,6 +281,23 @@ def test_the_integers_of_a_quantized_base_are_refused_by_name():
 
 
 # ---- torch's own ---------------------------------------------------------------------------------------------------
+
+
+def test_averages_in_a_loop_of_ones_own_leave_training_alone():
+    model, _, accuracies, deployed = averages.train()
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(averages.points(), batch_size=32, shuffle=True)
+    twin = averages.network(batch_norm=True)
+    other = lodo.AutoLODO(twin.parameters())
+    for _ in range(averages.EPOCHS):
+        for x, y in loader:
+            other.zero_grad()
+            nn.functional.cross_entropy(twin(x), y).backward()
+            other.step()
+    assert_same(model.state_dict(), twin.state_dict())
+    assert min(accuracies[-1]) > 0.8
+    model.load_state_dict(deployed)
+    assert averages.accuracy(model) == accuracies[-1][1]
 
 
 def test_swa_averages_what_lodo_trains():
