@@ -344,6 +344,8 @@ _ALL = (
     ),
     Contender("Prodigy, calibrated", _prodigy, candidates=_PRODIGY, seeds=SEEDS, packages=PACKAGE),
     Contender("LODO", _lodo, seeds=SEEDS),
+    Contender("LODO, averages", _lodo, seeds=SEEDS, is_averaging=True),
+    Contender("LODO, cooldown", _lodo, seeds=SEEDS, schedule="cooldown"),
     Contender(
         "LODO, tuned",
         _lodo,
@@ -357,6 +359,8 @@ _ALL = (
 )
 CONTENDERS: Mapping[str, Contender] = {contender.name: contender for contender in _ALL}
 UNTUNED, TUNED, REFERENCE = "LODO", "LODO, tuned", "AdamW"
+WITH_END: Mapping[str, Options] = {"LODO, averages": {"average_share": 0.1}, "LODO, cooldown": {}}
+"""Untuned LODO, evaluated at averages of its iterates, or told when the training ends; and its options beside."""
 CLOCK, ANCHOR = "AdamW, torch's defaults", "NAdamW, calibrated"
 """Whose runs are the unit of seconds, for torch's is fused; and what untuned LODO has to be compared with."""
 
@@ -374,8 +378,8 @@ def get_contender(name: str) -> Contender:
 
 def fixed_options(name: str, recommended: Options) -> dict[str, Any]:
     """What of the recommended call of LODO a contender's hyperparameters begin with."""
-    if name == UNTUNED:
-        return dict(recommended)
+    if name == UNTUNED or name in WITH_END:
+        return {**recommended, **WITH_END.get(name, {})}
     if name == TUNED:
         return {key: value for key, value in recommended.items() if key not in SEARCHED_LODO}
     return {}

@@ -20,6 +20,8 @@ from benchmarks.shootout.tasks import get_task
 # Okabe and Ito's colours, which survive colour blindness, LODO's the warm ones.
 COLORS: Mapping[str, str] = {
     "LODO": "#E69F00",
+    "LODO, averages": "#F5C55E",
+    "LODO, cooldown": "#9A5B00",
     "LODO, tuned": "#D55E00",
     "AdamW": "#0072B2",
     "SGD": "#777777",

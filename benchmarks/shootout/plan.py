@@ -17,6 +17,7 @@ from benchmarks.shootout.contenders import (
     RECOMMENDED,
     TUNED,
     UNTUNED,
+    WITH_END,
     Contender,
     fixed_options,
     get_contender,
@@ -98,7 +99,7 @@ class Plan:
 
 def is_outdated(record: Record) -> bool:
     """LODO's, made with other code than the present one, and the clock's that were made with LODO's."""
-    is_remade = record["job"]["contender"] in (UNTUNED, TUNED, CLOCK)
+    is_remade = record["job"]["contender"] in (UNTUNED, *WITH_END, TUNED, CLOCK)
     return is_remade and record["environment"].get("lodo_source") != source_hash()
 
 

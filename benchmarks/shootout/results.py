@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from benchmarks.shootout.contenders import CLOCK, REFERENCE, UNTUNED, get_contender
+from benchmarks.shootout.contenders import CLOCK, REFERENCE, UNTUNED, WITH_END, get_contender
 from benchmarks.shootout.jobs import change_jobs, final_jobs, robust_jobs
 from benchmarks.shootout.plan import Plan
 from benchmarks.shootout.problem import TRAINING, VALIDATION
@@ -48,7 +48,7 @@ class Results:
     def untuned(self) -> list[str]:
         """LODO, and what runs with one setting on all tasks."""
         own = [name for name in self.contenders if get_contender(name).candidates]
-        return [UNTUNED, *own] if UNTUNED in self.contenders else own
+        return [*(name for name in (UNTUNED, *WITH_END) if name in self.contenders), *own]
 
     @property
     def peers(self) -> list[str]:
