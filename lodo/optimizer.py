@@ -155,7 +155,7 @@ class LODO(Optimizer):
         Scales, gains and the weights of the momenta, which learn ever more slowly in a long training, go back to their
         start and learn at least as fast as there; averages of the iterates begin anew. What is known of the gradients
         stays (momenta, second moments, eigenbases), and so do the counts of steps. The paper's method learns at a
-        constant rate, and is left as it is. A step that was captured in a CUDA graph is to be captured anew.
+        constant rate, and is left as it is.
 
         Args:
             group: index of a param group; None for all.
@@ -302,10 +302,7 @@ class LODO(Optimizer):
         `reset`, and after a change of an option that state depends on, capture anew.
 
         Args:
-            closure: reevaluates the model and returns the loss.
-
-        Returns:
-            What the closure returned, or None.
+            closure: reevaluates the model and returns the loss, which is returned.
 
         Raises:
             RuntimeError: for sparse gradients, parameters without data, state of other groups, or a capture that is not

@@ -385,7 +385,7 @@ def test_schedules_reach_every_group(monkeypatch):
     assert cosine[5 + 38] == pytest.approx(1 + math.cos(math.pi * 0.4))
     assert 0 < cosine[-1] < 1e-3
     assert constant == [2.0] * 100
-    with pytest.raises(ValueError, match="schedule must be one of constant, warmup, warmup_cosine, cooldown, got 'steps'"):
+    with pytest.raises(ValueError, match=r"schedule must be one of .*, cooldown, got 'steps'"):
         factor_at("steps", 0, 10)
 
 
