@@ -51,6 +51,7 @@ class Slot:
         network_shape: of NETWORK: from the number of parameters and the options.
         dtype: what it is kept in.
         low, high: between which its numbers lie.
+        may_be_infinite: it is made of parameters, which may hold infinity, as masks do.
         squares: which rows of a table hold second moments, which are not negative.
         powers: it is multiplied by factor ** power when the unit of gradients changes; for a TABLE with rows, theirs.
     """
@@ -63,6 +64,7 @@ class Slot:
     dtype: Dtype = Dtype.COMPUTED
     low: float = -math.inf
     high: float = math.inf
+    may_be_infinite: bool = False
     squares: tuple[int, ...] = ()
     powers: tuple[int, ...] = (0,)
 

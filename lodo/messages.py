@@ -14,10 +14,6 @@ SKIPPED = (
     "`skipped_steps` counts such steps: {count} since the optimizer was made or loaded. If they go on, look for the "
     "first layer whose output is not finite, lower lr, or scale the loss down, as torch.amp.GradScaler does."
 )
-AT_AVERAGES = (
-    "the parameters are at their averages, where LODO.eval has put them: LODO.train puts them back, and must be called "
-    "before the next step"
-)
 NEW_NETWORKS = (
     "LODO loaded a state that was saved with another number of shards. Momentum and options go on; the networks, which "
     "belong to shards, do not fit any more and start anew, and so do averages."

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lodo import diagnostics
-from lodo.messages import AT_AVERAGES, BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
+from lodo.messages import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
 from lodo.options import (
     OPTIONS,
     all_values,
@@ -75,7 +75,7 @@ class LODO(Optimizer):
             `lodo.parts.mixture`.
         mix_lr: learning rate of these weights.
         average_share: None, or the share of the steps so far, > 0 and <= 1, over which an average of the iterates is
-            kept (`lodo.parts.average`; .1 is a good one), 4 bytes a parameter. `averaged` and `eval` show it.
+            kept (`lodo.parts.average`; .1, say), 4 bytes a parameter. `averaged` and `eval` show it.
         max_step_norm: the longest step, relative to the parameters: a step longer than max_step_norm * |x| over its
             param group (or than if x had a root mean square of 1e-3) is shortened to that. To the hypergradient it is a
             step of a smaller lr. Weight decay comes on top.
@@ -201,26 +201,26 @@ class LODO(Optimizer):
     @property
     def preconditioners(self) -> list[Operator | None]:
         """The learned preconditioner of each param group, None before the group's first step: a
-        `lodo.preconditioners.Composite` where parts have factors of G beside the network's.
-
-        They are the optimizer's own and go on learning; `copy.deepcopy` one to keep it as it is.
+        `lodo.preconditioners.Composite` where parts have factors of G beside the network's. They go on learning.
         """
         return [self._group_state(group).operator if self._has_state(group) else None for group in self.param_groups]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def eval(self) -> None:
         """Puts the parameters at the averages of their iterates (`average_share`), to be evaluated or deployed.
 
-        They stay there until `train`, before which `step` refuses to go on; the optimizer's state keeps, and saves, the
-        parameters themselves meanwhile. Twice, or without averages, it does nothing: tools that know optimizers with
-        these two methods, as Hugging Face's Trainer does, may call them at any time.
+        `step` refuses to go on before `train`; the state keeps, and saves, the parameters themselves meanwhile. Twice,
+        or without averages, it does nothing: tools that know such methods, as Hugging Face's Trainer does, may call it.
         """
-        groups = [group for group in self.param_groups if self._has_state(group) and not self._is_averaged(group)]
-        averages.show_([(self._group_state(group), group["params"]) for group in groups], self.state)
+        asked = (group for group in self.param_groups if group["average_share"] is not None and self._has_state(group))
+        groups = [(self._group_state(each), each["params"]) for each in asked if not self._is_averaged(each)]
+        averages.show_(groups, self.state)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def train(self) -> None:
-        """Puts the parameters back, bit for bit, after `eval`; else it does nothing."""
+        """Puts the parameters back, bit for bit, after `eval`, whatever was written into them since."""
         for group in filter(self._is_averaged, self.param_groups):
             averages.hide_(self._group_state(group), group["params"], self.state)
 
@@ -230,18 +230,18 @@ class LODO(Optimizer):
         """Inside, the parameters are as after `eval`; training goes on as if nobody had asked.
 
         Args:
-            model, batches: both, if the model has batch normalisation: its statistics are then computed anew at the
-                averages, from these batches of inputs (`torch.optim.swa_utils.update_bn`), and are put back too.
+            model: to be given with FSDP2, whose gathered copies are then renewed, and for `batches`.
+            batches: of inputs, for the statistics of batch normalisation at the averages, computed as
+                `torch.optim.swa_utils.update_bn` does; they are put back too.
 
         Raises:
-            ValueError: if no param group keeps averages, or one of the two arguments is missing.
+            ValueError: if no param group keeps averages, or for batches without a model, or an empty iterable of them.
         """
         if all(group["average_share"] is None for group in self.param_groups):
-            raise ValueError("average_share must be a number in some param group for `averaged`, got None in all")
-        if (model is None) is not (batches is None):
-            raise ValueError(f"model and batches must both be given, or none, got {model!r} and {batches!r}")
-        is_averaged = any(map(self._is_averaged, self.param_groups))
-        return averages.shown(self.eval, (lambda: None) if is_averaged else self.train, model, batches)
+            raise ValueError("average_share must be a number in some param group, got None in all (as loaded, perhaps)")
+        if batches is not None and model is None:
+            raise ValueError(f"model must be given for batches, got None and {batches!r}")
+        return averages.shown(self, model, batches)
 
     @property
     def skipped_steps(self) -> int:
@@ -313,8 +313,7 @@ class LODO(Optimizer):
         must_wait = self._is_broken_off and not self._is_reloaded()
         if must_wait and any(group["lr"] != 0 for group in self.param_groups):
             raise RuntimeError(BROKEN_OFF)
-        if any(map(self._is_averaged, self.param_groups)):
-            raise RuntimeError(AT_AVERAGES)
+        averages.refuse_shown(self.param_groups, self.state)
         is_captured = self._is_captured()
         loss = None
         if closure is not None:

@@ -9,13 +9,14 @@ Non-smooth Optimization", ICML 2013, section 4, with eta = 1 / share - 1):
 
 after which a is the mean of the t iterates so far, weighted by about s^(1 / share - 1) at step s: with a share of 1
 all count alike, with .1 those of about the last tenth. In long trainings not every iterate is taken in, but every 2nd,
-4th, ..., with as much more weight, so that the average is made of at least SAMPLES of the share of the steps: float32
-would lose what is smaller.
+4th, ..., with as much more weight, so that the share of the steps has at least SAMPLES of them: float32 would lose what
+is smaller. Of noise that is independent from step to step more is left then, but iterates are not so.
 
 It is of the parameters as each gradient was taken at them, so that what a user makes of a step, a projection say, is in
 it. Training knows nothing of it.
 """
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from lodo.scalars import wide
 
 SAMPLES = 512
 
-ITERATE = Slot("iterate")
+ITERATE = Slot("iterate", may_be_infinite=True)
 """The parameters themselves, while the averages stand in their place (`lodo.state.averages`)."""
 
 
@@ -60,7 +61,7 @@ class Average(Part):
 
     @classmethod
     def slots(cls, options: Options, found: Container[str] = ()) -> tuple[Slot, ...]:
-        own = (Slot("average"), Slot("averaged", Kind.TABLE, dtype=Dtype.COUNT, low=0.0))
+        own = (Slot("average", may_be_infinite=True), Slot("averaged", Kind.TABLE, dtype=Dtype.COUNT, low=0.0))
         return (*own, ITERATE) if ITERATE.name in found else own
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
@@ -91,23 +92,39 @@ class Average(Part):
         active = at.per_parameter(lambda cohort: cohort.active, t)
         t.add_(active)
         weights = _weights(t, self.chosen["average_share"]) * active
-        if scalars.is_readable(weights) and (weights == weights[:1]).all():
-            if (weight := float(weights[0])) > 0:
-                average.lerp_(x, weight)
+        if not scalars.is_readable(weights):
+            by_element = self._spread(weights)
+            average.add_((x - average).mul_(by_element).masked_fill_(by_element == 0, 0))
+            average.copy_(torch.where(average.isnan(), x, average))
             return
-        by_element = self._spread(weights)
-        average.copy_(torch.where(by_element > 0, average.lerp(x, by_element), average))
+        shares = weights.tolist()
+        if len(set(shares)) == 1:
+            _mix_(average, x, shares[0])
+            return
+        lengths = self.layout.lengths
+        for part, own, weight in zip(average.split(lengths), x.split(lengths), shares, strict=True):
+            _mix_(part, own, weight)
 
     def including(self, x: Tensor) -> Tensor:
         """The averages with the present parameters x in them, shape (n,); where none was taken in, x."""
         t = self.tensors["averaged"].to(wide(x.device))
         weights = self._spread(torch.where(t > 0, 1 / (1 + self.chosen["average_share"] * t), 0))
-        return torch.where(weights > 0, self.tensors["average"].lerp(x, weights), x)
+        found = self.tensors["average"].lerp(x, weights)
+        return torch.where((weights > 0) & ~found.isnan(), found, x)
 
     def _spread(self, numbers: Tensor) -> Tensor:
         """(k,) numbers, each repeated for the elements of its parameter, (n,)."""
         average = self.tensors["average"]
         return torch.repeat_interleave(numbers.to(average.dtype), self._lengths, output_size=len(average))
+
+
+def _mix_(average: Tensor, x: Tensor, weight: float) -> None:
+    """On the CPU. A parameter may hold infinity, as masks do, and one that was NaN may be mended: what is NaN becomes
+    x."""
+    if weight > 0:
+        average.lerp_(x, weight)
+        if math.isnan(float(average.sum())):
+            average.copy_(torch.where(average.isnan(), x, average))
 
 
 def _weights(t: Tensor, share: float) -> Tensor:

@@ -24,7 +24,7 @@ class Record(Part):
     @classmethod
     def slots(cls, options: Options, found: Container[str] = ()) -> tuple[Slot, ...]:
         return (
-            Slot("written"),
+            Slot("written", may_be_infinite=True),
             Slot("scheduled_lr", Kind.TABLE, dtype=Dtype.WIDE, low=0.0),
             Slot("reset_at", Kind.TABLE, dtype=Dtype.COUNT, low=0.0),
         )

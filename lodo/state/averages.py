@@ -1,22 +1,35 @@
 """Puts averages of the iterates (`lodo.parts.average`) in the place of the parameters, and these back."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.swa_utils import update_bn
 
 from lodo.parts.average import ITERATE
 from lodo.state.group_state import GroupState
-from lodo.state.layout import State, carrier
+from lodo.state.layout import State
+from lodo.state.sharding import rank_of_fsdp1
+
+AT_AVERAGES = (
+    "the parameters are at their averages, where LODO.eval has put them: LODO.train puts them back, and must be called "
+    "before the next step"
+)
+NOT_FSDP1 = "averages of the iterates cannot be shown with FSDP1, which may compute with copies; FSDP2 can"
 
 
 def are_shown(params: Sequence[Tensor], state: State) -> bool:
     """Whether the parameters of a group are at their averages now."""
-    return bool(params) and ITERATE.name in state.get(carrier(params), ())
+    return any(ITERATE.name in state.get(p, ()) for p in params)
+
+
+def refuse_shown(groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    """Raises a RuntimeError if the parameters of a group are at their averages."""
+    if any(are_shown(group["params"], state) for group in groups):
+        raise RuntimeError(AT_AVERAGES)
 
 
 def show_(groups: Sequence[tuple[GroupState, Sequence[Tensor]]], state: State) -> None:
@@ -25,6 +38,8 @@ def show_(groups: Sequence[tuple[GroupState, Sequence[Tensor]]], state: State) -
     found = []
     for live, params in groups:
         if live.average is not None and live.average.is_wanted:
+            if rank_of_fsdp1(params) is not None:
+                raise RuntimeError(NOT_FSDP1)
             x = live.parameters(params)
             found.append((live, params, x, live.average.including(x)))
     for live, params, x, average in found:
@@ -44,30 +59,72 @@ def hide_(live: GroupState, params: Sequence[Tensor], state: State) -> None:
 
 
 @contextmanager
-def shown(
-    show: Callable[[], None], hide: Callable[[], None], model: nn.Module | None, batches: Iterable[Any] | None
-) -> Iterator[None]:
-    """Inside, the averages are shown, and a model has the statistics of these batches, if there are any."""
-    show()
+def shown(optimizer: Any, model: nn.Module | None, batches: Iterable[Any] | None) -> Iterator[None]:
+    """Inside, the averages of a `lodo.LODO` are shown, and its model computes with them."""
+    is_shown = any(are_shown(group["params"], optimizer.state) for group in optimizer.param_groups)
+    optimizer.eval()
     try:
+        _reshard(model)
         with nullcontext() if model is None or batches is None else statistics_of(model, batches):
             yield
     finally:
-        hide()
+        if not is_shown:
+            optimizer.train()
+        _reshard(model)
+
+
+def _reshard(model: nn.Module | None) -> None:
+    """Makes FSDP2 forget the gathered copies that it has kept of parameters which have moved since."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if model is not None and fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 @contextmanager
 def statistics_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
-    """Inside, the batch normalisation layers of a model have the statistics of these batches; afterwards those that
-    they had. Torch's own `update_bn` computes them. Random numbers go on as if nobody had asked."""
-    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
+    """Inside, the batch normalisation layers of a model have the statistics of these batches, as
+    `torch.optim.swa_utils.update_bn` computes them; afterwards those that they had. Layers in evaluation mode in a
+    model that is training are frozen, and keep theirs. Torch's global random numbers go on as if nobody had asked.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    modes = {module: module.training for module in model.modules()}
+    layers = [module for module in modes if isinstance(module, _NormBase) and module.training >= model.training]
+    momenta = [layer.momentum for layer in layers]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
-            update_bn(batches, model)
+        _renew(model, [layer for layer in layers if layer.track_running_stats], batches)
+        _set_modes(modes)
         yield
     finally:
+        _set_modes(modes)
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+def _renew(model: nn.Module, layers: Sequence[_NormBase], batches: Iterable[Any]) -> None:
+    """`update_bn`, which would unfreeze layers that are in evaluation mode."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if not model.training:
+        model.train()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # plain means
+    count = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        for batch in batches if layers else ():
+            model((batch[0] if isinstance(batch, list | tuple) else batch).to(device))
+            count += 1
+    if layers and count == 0:
+        raise ValueError(f"batches must hold at least one batch, got none from {batches!r}")
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    for module, is_training in modes.items():
+        module.training = is_training

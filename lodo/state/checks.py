@@ -133,7 +133,12 @@ def check_tensor(what: str, value: Any, shape: tuple[int, ...], dtypes: tuple[to
 
 
 def check_numbers(
-    what: str, value: Tensor, low: float = -math.inf, high: float = math.inf, whole: bool = False
+    what: str,
+    value: Tensor,
+    low: float = -math.inf,
+    high: float = math.inf,
+    whole: bool = False,
+    may_be_infinite: bool = False,
 ) -> None:
     """Refuses NaN, infinity, and numbers below `low` or above `high`.
 
@@ -143,7 +148,7 @@ def check_numbers(
     if part.is_meta or part.numel() == 0:
         return
     least, most = (float(bound) for bound in part.aminmax())
-    if not math.isfinite(least) or not math.isfinite(most):
+    if math.isnan(least) or not (may_be_infinite or math.isfinite(least + most)):
         raise ValueError(f"{what} holds NaN or infinity in the saved state: it is damaged, or had diverged")
     if least < low or most > high:
         allowed = "whole numbers" if whole else "numbers"
@@ -295,7 +300,7 @@ class GroupCheck:
         if slot.kind is not Kind.ELEMENTS:
             check_tensor(what, opened, layout.shape(slot, place), DTYPES[slot.dtype])
         if self.reads_numbers:
-            check_numbers(what, opened, slot.low, slot.high, slot.is_whole)
+            check_numbers(what, opened, slot.low, slot.high, slot.is_whole, slot.may_be_infinite)
             for row in slot.squares:
                 check_numbers(f"{what}, its second moments", opened[row], 0.0)
 
