@@ -29,6 +29,7 @@ from benchmarks.shootout.tasks import TASKS, get_task
 
 OUT = Path(__file__).parent / "results" / "endings"
 SHARE = 0.1  # of the averages
+TINY = 1e-30  # in place of a loss of zero
 CONSTANT = "constant rate"
 LAST, AVERAGE, BEST = "last point", "average", "best validation"
 TRAINING, VALIDATION = "training", "validation"
@@ -75,7 +76,7 @@ def validated(problem: Problem, renews: bool = False) -> float | None:
 
 def run(task: Task, seed: int, name: str, data_root: Path | None = None, steps: int | None = None) -> Record:
     """Trains once. A training loss is the mean over the last tenth of the steps; where it is not finite, or far above
-    that of standing still, all losses are None."""
+    that of standing still, there are no losses in the record."""
     ending, steps = ENDINGS[name], task.steps if steps is None else steps
     problem = task.build(seed, data_root)
     torch.manual_seed(seed)
@@ -107,27 +108,33 @@ def run(task: Task, seed: int, name: str, data_root: Path | None = None, steps: 
     record[TRAINING] = {LAST: last, AVERAGE: fmean(at_average)}
     if along:
         with optimizer.averaged():
-            record[VALIDATION] = {LAST: along[-1], AVERAGE: validated(problem, renews=True), BEST: min(along)}
+            found = validated(problem, renews=True)
+        if all(each is not None and math.isfinite(each) for each in (*along, found)):
+            record[VALIDATION] = {LAST: along[-1], AVERAGE: found, BEST: min(along)}
     return record
 
 
-def loaded(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _key(record: Record) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("task", "seed", "ending", "steps", "version"))
+def loaded(path: Path, steps: int | None) -> dict[tuple[str, int, str], Record]:
+    """The runs of the present tasks with so many steps (None: the tasks' own), the last one of each."""
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    tasks = {record["task"]: get_task(record["task"]) for record in found}
+    return {
+        (record["task"], record["seed"], record["ending"]): record
+        for record in found
+        if (record["steps"], record["version"]) == (steps or tasks[record["task"]].steps, tasks[record["task"]].version)
+    }
 
 
 def run_missing(
     tasks: Sequence[Task], seeds: Sequence[int], path: Path, data_root: Path | None, steps: int | None
 ) -> None:
-    """All runs that are not on record yet, seed by seed."""
-    done = set(map(_key, loaded(path)))
+    """All runs that are not on record yet with the present code of lodo, seed by seed."""
+    source = environment()["lodo_source"]
+    done = {key for key, each in loaded(path, steps).items() if each["environment"]["lodo_source"] == source}
     for seed in seeds:
         for task in tasks:
             for name in [name for name, ending in ENDINGS.items() if ending.applies_to(task)]:
-                if (task.name, seed, name, steps or task.steps, task.version) in done:
+                if (task.name, seed, name) in done:
                     continue
                 record = run(task, seed, name, data_root, steps)
                 with path.open("a") as file:
@@ -156,21 +163,28 @@ def ratio(records: Sequence[Record], task: str, row: Row, aim: str) -> float | N
     for (seed, name), own in losses.items():
         reference = losses.get((seed, CONSTANT), {}).get(LAST)
         if name == row[0] and reference is not None:
-            found.append(own[row[1]] / reference if row[1] in own else math.inf)
+            found.append(own[row[1]] / max(reference, TINY) if row[1] in own else math.inf)
     return median(found) if found else None
 
 
 def table(records: Sequence[Record], tasks: Sequence[str], aim: str) -> list[str]:
-    lines = [f"| ending | point | {' | '.join(tasks)} | mean |", f"|:--|:--|{'--:|' * (len(tasks) + 1)}"]
+    finite = [task for task in tasks if get_task(task).has_finite_data]
+    heads = (*tasks, "mean", f"mean of the {len(finite)}")
+    lines = [f"| ending | point | {' | '.join(heads)} |", f"|:--|:--|{'--:|' * len(heads)}"]
     for row in rows_of(records, aim):
-        found = [ratio(records, task, row, aim) for task in tasks]
-        known = [each for each in found if each is not None]
-        if not known:
+        found = {task: ratio(records, task, row, aim) for task in tasks}
+        if all(each is None for each in found.values()):
             continue
-        mean = f"{geometric_mean(known):.2f}" if all(map(math.isfinite, known)) else "-"
-        cells = ["" if each is None else f"{each:.2f}" for each in found]
-        lines.append(f"| {row[0]} | {row[1]} | {' | '.join(cells)} | {mean} |")
+        cells = ["" if each is None else f"{each:.2f}" for each in found.values()]
+        means = [_mean([found[task] for task in some]) for some in (tasks, finite)]
+        lines.append(f"| {row[0]} | {row[1]} | {' | '.join((*cells, *means))} |")
     return lines
+
+
+def _mean(found: Sequence[float | None]) -> str:
+    """Geometric; none where a run diverged or is missing."""
+    known = [max(each, TINY) for each in found if each is not None and math.isfinite(each)]
+    return f"{geometric_mean(known):.2f}" if known and len(known) == len(found) else ""
 
 
 def report(records: Sequence[Record]) -> str:
@@ -182,17 +196,19 @@ def report(records: Sequence[Record]) -> str:
         for task in tasks
     }
     machine, seeds = records[-1]["environment"], len({record["seed"] for record in records})
+    sources = ", ".join(sorted({record["environment"]["lodo_source"] for record in records}))
     return "\n".join(
         [
             "# How a training ends",
             "",
             f"`python -m benchmarks.endings --data-root MNIST`, {machine['processor']}, torch {machine['torch']}, lodo "
-            f"source {machine['lodo_source']}, {seeds} seeds. AutoLODO without a warm-up, its averages over a share of "
+            f"source {sources}, {seeds} seeds. AutoLODO without a warm-up, its averages over a share of "
             f"{SHARE} of the steps. Losses over those of the last point of a constant rate at the same seed, medians "
-            "over the seeds; means are geometric, over the tasks that there are of the row. The training loss is the "
-            "mean of the last tenth of the steps (at the average: of the same batches there), the validation loss that "
-            f'at the end; "{BEST}" is the lowest of {VALIDATIONS} along the run, which has looked at the held-out data '
-            "to stop early. Weight decay is for tasks whose data come again and again.",
+            "over the seeds; means are geometric, over all tasks and over those whose data come again and again, which "
+            "weight decay is for. The training loss is the mean of the last tenth of the steps (at the average: of the "
+            "same batches there): of a cooldown of 10 % that is all of it, of one of 30 % its last third. The "
+            f'validation loss is that at the end; "{BEST}" is the lowest of {VALIDATIONS} along the run, which has '
+            "looked at the held-out data to stop early.",
             "",
             "Training losses of the constant rate: "
             f"{', '.join(f'{name} {loss:.3g}' for name, loss in losses.items())}.",
@@ -255,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = chosen.out / "runs.jsonl"
     if not chosen.report_only:
         run_missing(tasks, range(chosen.seeds), path, chosen.data_root, chosen.steps)
-    if not (records := loaded(path)):
+    if not (records := [*loaded(path, chosen.steps).values()]):
         sys.exit(f"there are no runs in {path}")
     (chosen.out / "report.md").write_text(report(records))
     draw(records, chosen.out / "endings.png")

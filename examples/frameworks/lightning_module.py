@@ -26,7 +26,11 @@ EPOCHS, SAVED_AFTER = 8, 4
 
 
 class AveragesInValidation(Callback):
-    """To be among the trainer's callbacks: validation sees the averages, training and checkpoints the iterates."""
+    """To be among the trainer's callbacks: validation sees the averages, training and checkpoints the iterates.
+
+    The averages are in the checkpoints too, in the optimizer's state: to deploy those of a checkpoint, the best one
+    say, load model and optimizer from it and call `optimizer.eval()`.
+    """
 
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         for optimizer in trainer.optimizers:
@@ -37,6 +41,11 @@ class AveragesInValidation(Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, lodo.LODO):
                 optimizer.train()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self.on_validation_end(trainer, module)
 
 
 class Classifier(lightning.LightningModule):

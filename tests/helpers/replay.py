@@ -216,6 +216,17 @@ class Replay:
                 part(self.layout, tensors, self.options).start_(missing, self.values)
         self.cut(tensors)
 
+    def averages(self) -> list[Tensor]:
+        """Where parameters are to be shown."""
+        share, found = self.options["average_share"], []
+        for own, value in zip(self.own, self.values, strict=True):
+            count = int(own["averaged"]) if share is not None and "averaged" in own else 0
+            if count > 0:
+                weight = torch.full_like(own["average"], 1 / (1 + share * count))
+                value = torch.lerp(own["average"], value.to(self.dtype), weight).to(value.dtype)
+            found.append(value)
+        return found
+
     # ---- together and apart ------------------------------------------------------------------------------------------
 
     def together(self) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ REPLACED = (
     ),
     *("momentum", "momentum_trace", "exp_avg_sq", "unit", "factors", "eigenbasis", "seen"),
     *("scale", "scale_peak", "trace_peak", "step_trace", "momenta", "mixture", "written", "scheduled_lr", "reset_at"),
+    *("progress", "recent_energy", "average", "averaged"),
 )
 COUNTS: Counter[str] = Counter()
 
@@ -343,6 +344,22 @@ class CallOrders(RuleBasedStateMachine):
                 assert repr(g) == group.described()
         assert self.optimizer.skipped_steps == max(group.skipped for group in self.groups)
         assert "LODO" in repr(self.optimizer)
+
+    @rule()
+    def look_at_averages(self) -> None:
+        """And go back. Nobody may step in between."""
+        for group in self.groups:
+            if group.has_state and group.options["average_share"] is not None:
+                group.prepare()
+                COUNTS["looks at averages"] += 1
+        self.optimizer.eval()
+        for own, group in zip(self.params, self.groups, strict=True):
+            for p, shown in zip(own, group.averages(), strict=True):
+                assert_bits(p, shown, "average")
+        if any("iterate" in entry for entry in self.optimizer.state.values()):
+            with pytest.raises(RuntimeError, match="at their averages"):
+                self.optimizer.step()
+        self.optimizer.train()
 
     def saved(self) -> dict[str, Any]:
         """The state dict. To save is to start what options ask for and is not there yet."""
