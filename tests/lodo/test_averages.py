@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 import lodo
 from lodo import scalars
 from lodo.parts.average import _weights
-from tests.helpers.distributed_runs import network
+from tests.helpers.distributed_runs import fsdp1, network
 from tests.helpers.ranks import run
 from tests.helpers.states import assert_same, through_file
 
@@ -548,3 +548,22 @@ def _sharded():
 
 def test_shards_are_averaged_by_themselves():
     run(2, _sharded)
+
+
+def _in_fsdp1():
+    model = fsdp1(True)
+    optimizer = lodo.LODO(model.parameters(), depth=2, lr=0.1, average_share=SHARE)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 5, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+    kept = copies(model.parameters())
+    with pytest.raises(RuntimeError, match="FSDP1"):
+        optimizer.eval()
+    assert_same(list(model.parameters()), kept)
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP:FutureWarning")
+def test_fsdp1_which_computes_with_copies_is_refused():
+    run(2, _in_fsdp1)
