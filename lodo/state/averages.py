@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lodo.parts.average import ITERATE
 from lodo.state.group_state import GroupState
@@ -92,7 +92,7 @@ def statistics_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
         ValueError: there is no batch.
     """
     modes = {module: module.training for module in model.modules()}
-    layers = [module for module in modes if isinstance(module, _NormBase) and module.training >= model.training]
+    layers = [module for module in modes if isinstance(module, _BatchNorm) and module.training >= model.training]
     momenta = [layer.momentum for layer in layers]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     try:
@@ -108,7 +108,7 @@ def statistics_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _renew(model: nn.Module, layers: Sequence[_NormBase], batches: Iterable[Any]) -> None:
+def _renew(model: nn.Module, layers: Sequence[_BatchNorm], batches: Iterable[Any]) -> None:
     """`update_bn`, which would unfreeze layers that are in evaluation mode."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if not model.training:
