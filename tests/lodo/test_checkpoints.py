@@ -437,7 +437,7 @@ def damages(slot, value):
     if value.numel() == 0:  # the factors of a vector
         return
     if value.is_floating_point():
-        for number in (torch.nan, torch.inf, -torch.inf):
+        for number in (torch.nan,) if slot.may_be_infinite else (torch.nan, torch.inf, -torch.inf):
             yield "holds NaN or infinity", with_last(value, number)
     if slot.low > -torch.inf:
         yield "must hold", with_last(value, slot.low - 1 if value.dtype != torch.uint8 else 255)

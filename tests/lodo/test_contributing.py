@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LISTED = "Momentum, Mixture)"
+LISTED = "Mixture, Average)"
 
 
 def replaced(path, old, new):

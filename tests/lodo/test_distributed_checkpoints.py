@@ -264,7 +264,8 @@ def spoilt(value, slot):
         "has shape",
         DTensor.from_local(local(value).repeat(2, *[1] * (value.dim() - 1)), value.device_mesh, value.placements),
     )
-    numbers = [(torch.nan, "NaN or infinity"), (-torch.inf, "NaN or infinity")] if value.is_floating_point() else []
+    numbers = [(torch.nan, "NaN or infinity")] if value.is_floating_point() else []
+    numbers += [(-torch.inf, "NaN or infinity")] if numbers and not slot.may_be_infinite else []
     numbers += [(slot.low - 1, "must hold")] if slot.low > -torch.inf else []
     for number, message in numbers:
         changed = local(value).clone()
