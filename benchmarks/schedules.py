@@ -2,6 +2,8 @@
 
 import math
 
+from lodo.schedules import cooldown_factor
+
 WARMUP = 0.05  # the share of the steps in which the learning rate rises from near 0
 SCHEDULES = ("constant", "warmup", "warmup_cosine", "cooldown")
 COOLED = 0.2  # the share of the steps, at the end, in which it falls again
@@ -19,7 +21,7 @@ def factor_at(schedule: str, step: int, steps: int) -> float:
     if schedule == "constant":
         return 1.0
     if schedule == "cooldown":
-        return min(1.0, (steps - step) / (COOLED * steps))
+        return cooldown_factor(step, steps, COOLED)
     rise = round(WARMUP * steps)
     if step < rise:
         return (step + 1) / (rise + 1)

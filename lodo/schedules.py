@@ -27,5 +27,9 @@ def cooldown(optimizer: Optimizer, total_steps: int, share: float = 0.2) -> Lamb
         raise ValueError(f"total_steps must be an int >= 1, got {total_steps!r}")
     if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1:
         raise ValueError(f"share must be a number > 0 and <= 1, got {share!r}")
-    length = float(share) * int(total_steps)
-    return LambdaLR(optimizer, lambda step: min(1.0, max(0.0, (int(total_steps) - step) / length)))
+    return LambdaLR(optimizer, lambda step: cooldown_factor(step, int(total_steps), float(share)))
+
+
+def cooldown_factor(step: int, total_steps: int, share: float) -> float:
+    """What the rate of step 0, 1, ... is multiplied by."""
+    return min(1.0, max(0.0, (total_steps - step) / (share * total_steps)))

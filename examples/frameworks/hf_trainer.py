@@ -7,11 +7,11 @@ param group without weight decay for biases and norms. It multiplies lr with a l
 Trainer takes an optimizer that is made already too, with its scheduler: here the paper's LODO, one network over all
 parameters. (Made by Trainer it would have a network for each of the two groups.)
 
-It calls an optimizer's `eval` before it evaluates and its `train` before it trains, if there are such (transformers >=
-4.47): with `{"average_share": 0.1}` among AutoLODO's options it evaluates averages of the iterates. Checkpoints that it
-writes after an evaluation have the averages in the model and the iterates in the optimizer's state, so that a run that
-is resumed goes on from these. After `train()` call `trainer.optimizer.eval()` before `save_model`, unless an evaluation
-came last.
+It calls an optimizer's `eval` before it evaluates and its `train` before it trains, if there are such (as of
+transformers 5): with `{"average_share": 0.1}` among AutoLODO's options it evaluates averages of the iterates.
+Checkpoints that it writes after an evaluation have the averages in the model and the iterates in the optimizer's state,
+so that a run that is resumed goes on from these. After `train()` call `trainer.optimizer.eval()` before `save_model`,
+unless an evaluation came last.
 
 It clips gradients (max_grad_norm), steps the scheduler, saves the optimizer's state, and loads it with
 weights_only=True.

@@ -4,18 +4,14 @@ import importlib.util
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import lodo
 from benchmarks.schedules import factor_at
 from benchmarks.shootout import images, running, text
 from benchmarks.shootout.contenders import CONTENDERS, RECOMMENDED, get_contender, hidden_matrices
-from benchmarks.shootout.jobs import final_jobs
-from benchmarks.shootout.plan import Plan
 from benchmarks.shootout.problem import SELECTING, Problem
 from benchmarks.shootout.running import TUNE, VALIDATIONS, Curve, run
 from benchmarks.shootout.spaces import Range
@@ -531,25 +527,3 @@ def test_weight_decay_is_searched_where_data_are_finite():
         assert ("weight_decay" in in_vectors) == ("weight_decay" in spaces and contender.name != "PSGD-Kron")
         assert bool(contender.space) + bool(contender.candidates) <= 1
     assert sum("weight_decay" in contender.space for contender in CONTENDERS.values()) >= 8
-
-
-def test_lodo_with_an_end_is_the_recommended_call_with_averages_or_a_cooldown():
-    task = get_task("rosenbrock")
-    plan = Plan(Path("."), [task.name], ["LODO", "LODO, averages", "LODO, cooldown"], seeds=1, steps=50)
-    own, averages, cooled = final_jobs(plan, [])
-    assert averages.hyperparameters == {**own.hyperparameters, "average_share": 0.1}
-    assert cooled.hyperparameters == own.hyperparameters
-    assert (own.schedule, averages.schedule, cooled.schedule) == ("constant", "constant", "cooldown")
-    runs = [run(job, None) for job in (own, averages, cooled)]
-    assert len({record["score"] for record in runs}) == 3
-    assert runs[0]["validation"] is None or runs[0]["validation"]["loss"][-1] != runs[1]["validation"]["loss"][-1]
-
-
-def test_the_cooldown_of_the_schedules_is_lodos():
-    p = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([p], lr=1.0)
-    scheduler = lodo.cooldown(optimizer, 40)
-    for step in range(40):
-        assert factor_at("cooldown", step, 40) == pytest.approx(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()

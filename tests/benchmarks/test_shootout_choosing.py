@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lodo
+from benchmarks.schedules import factor_at
 from benchmarks.shootout import plan as planning
 from benchmarks.shootout.changes import CHANGES, EVERYWHERE, NOTHING_CHANGED
 from benchmarks.shootout.choosing import CONFIRMED, Chosen, calibration_jobs, choice, confirmation_jobs, shortlist
@@ -24,7 +25,7 @@ from benchmarks.shootout.jobs import FACTORS, change_jobs, final_jobs, left_out,
 from benchmarks.shootout.plan import CHANGE_SEED, CONFIRMING_SEEDS, next_trial
 from benchmarks.shootout.problem import SELECTING, TRAINING, VALIDATION
 from benchmarks.shootout.report import write_report
-from benchmarks.shootout.running import CONFIRM, FINAL, score_of
+from benchmarks.shootout.running import CONFIRM, FINAL, run, score_of
 from benchmarks.shootout.tasks import TASKS, get_task
 from examples.paper.runs import append_result
 from tests.helpers.shootout_jobs import confirmed, fake, job, on_bowl, plan, searched, settled
@@ -279,3 +280,25 @@ def test_reports_say_where_runs_are_of_different_code(tmp_path):
     for record in records:
         append_result(a_plan.records_path, record)
     assert "**LODO's runs are of different code**: " in write_report(a_plan).read_text()
+
+
+def test_lodo_with_an_end_is_the_recommended_call_with_averages_or_a_cooldown(tmp_path):
+    contenders = ["LODO", "LODO, averages", "LODO, cooldown"]
+    a_plan = replace(plan(tmp_path), tasks=["rosenbrock"], contenders=contenders, seeds=1, steps=50)
+    own, averages, cooled = final_jobs(a_plan, [])
+    assert averages.hyperparameters == {**own.hyperparameters, "average_share": 0.1}
+    assert cooled.hyperparameters == own.hyperparameters
+    assert (own.schedule, averages.schedule, cooled.schedule) == ("constant", "constant", "cooldown")
+    runs = [run(each, None) for each in (own, averages, cooled)]
+    assert len({record["score"] for record in runs}) == 3
+    assert len({record["validation"]["loss"][-1] for record in runs}) == 3
+
+
+def test_the_cooldown_of_the_schedules_is_lodos():
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    scheduler = lodo.cooldown(optimizer, 40)
+    for step in range(40):
+        assert factor_at("cooldown", step, 40) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()

@@ -213,6 +213,24 @@ def test_lightning_validates_averages_and_trains_on_the_iterates(tmp_path):
 
 
 @LIGHTNING_WARNS
+def test_lightning_puts_the_iterates_back_after_an_error_in_validation(tmp_path):
+    lightning_module = example("lightning_module")
+
+    class Failing(lightning_module.ClassifierWithAverages):
+        def validation_step(self, batch, index):
+            super().validation_step(batch, index)
+            if len(self.losses) > 20:
+                raise KeyError("validation")
+
+    plain, module = lightning_module.ClassifierWithAverages(), Failing()
+    with pytest.raises(KeyError):
+        lightning_module.fit(module, tmp_path)
+    steps = len(module.losses)
+    lightning_module.fit(plain, tmp_path / "plain", max_steps=steps)
+    assert_same(list(module.parameters()), list(plain.parameters()))
+
+
+@LIGHTNING_WARNS
 def test_lightning_resumes_bit_for_bit(tmp_path):
     lightning_module = example("lightning_module")
     whole = lightning_module.Classifier()
