@@ -7,14 +7,11 @@ iterates there, and the point where validation was lowest on the way. Runs are k
 they come; what is there is not run again. The report and its picture are made of them.
 """
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, geometric_mean, median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -22,19 +19,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 import lodo
-from benchmarks.environment import environment
 from benchmarks.shootout.problem import Problem, Task
 from benchmarks.shootout.running import DIVERGED, TAIL, VALIDATIONS
-from benchmarks.shootout.tasks import TASKS, get_task
+from benchmarks.shootout.tasks import get_task
+from benchmarks.task_runs import TINY, Record, made_of, mean_ratio, new_record, records_of, tasks_of
 
 OUT = Path(__file__).parent / "results" / "endings"
 SHARE = 0.1  # of the averages
-TINY = 1e-30  # in place of a loss of zero
 CONSTANT = "constant rate"
 LAST, AVERAGE, BEST = "last point", "average", "best validation"
 TRAINING, VALIDATION = "training", "validation"
-
-Record = dict[str, Any]
 
 
 def cooled(share: float) -> Callable[[Optimizer, int], LRScheduler]:
@@ -86,8 +80,7 @@ def run(task: Task, seed: int, name: str, data_root: Path | None = None, steps: 
     losses: list[float] = []
     at_average: list[float] = []
     along: list[float] = []
-    record: Record = {"task": task.name, "seed": seed, "ending": name, "steps": steps, "version": task.version}
-    record |= {"environment": environment(), TRAINING: {}, VALIDATION: {}}
+    record = new_record(task, seed, name, steps)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss = problem.loss()
@@ -114,34 +107,6 @@ def run(task: Task, seed: int, name: str, data_root: Path | None = None, steps: 
     return record
 
 
-def loaded(path: Path, steps: int | None) -> dict[tuple[str, int, str], Record]:
-    """The runs of the present tasks with so many steps (None: the tasks' own), the last one of each."""
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    tasks = {record["task"]: get_task(record["task"]) for record in found}
-    return {
-        (record["task"], record["seed"], record["ending"]): record
-        for record in found
-        if (record["steps"], record["version"]) == (steps or tasks[record["task"]].steps, tasks[record["task"]].version)
-    }
-
-
-def run_missing(
-    tasks: Sequence[Task], seeds: Sequence[int], path: Path, data_root: Path | None, steps: int | None
-) -> None:
-    """All runs that are not on record yet with the present code of lodo, seed by seed."""
-    source = environment()["lodo_source"]
-    done = {key for key, each in loaded(path, steps).items() if each["environment"]["lodo_source"] == source}
-    for seed in seeds:
-        for task in tasks:
-            for name in [name for name, ending in ENDINGS.items() if ending.applies_to(task)]:
-                if (task.name, seed, name) in done:
-                    continue
-                record = run(task, seed, name, data_root, steps)
-                with path.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(f"{task.name}, seed {seed}, {name}: {record[TRAINING]} {record[VALIDATION]}", file=sys.stderr)
-
-
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 Row = tuple[str, str]
@@ -150,7 +115,7 @@ Row = tuple[str, str]
 
 def rows_of(records: Sequence[Record], aim: str) -> list[Row]:
     """Early stopping is shown for a constant rate alone."""
-    names = [name for name in ENDINGS if any(record["ending"] == name for record in records)]
+    names = [name for name in ENDINGS if any(record["variant"] == name for record in records)]
     rows = [(name, point) for name in names for point in (LAST, AVERAGE)]
     return [*rows, (CONSTANT, BEST)] if aim == VALIDATION else rows
 
@@ -158,7 +123,7 @@ def rows_of(records: Sequence[Record], aim: str) -> list[Row]:
 def ratio(records: Sequence[Record], task: str, row: Row, aim: str) -> float | None:
     """The median over the seeds of the losses over those of a constant rate's last point at the same seed; infinite
     where a run diverged, None where there is none."""
-    losses = {(r["seed"], r["ending"]): r[aim] for r in records if r["task"] == task}
+    losses = {(r["seed"], r["variant"]): r[aim] for r in records if r["task"] == task}
     found = []
     for (seed, name), own in losses.items():
         reference = losses.get((seed, CONSTANT), {}).get(LAST)
@@ -176,39 +141,31 @@ def table(records: Sequence[Record], tasks: Sequence[str], aim: str) -> list[str
         if all(each is None for each in found.values()):
             continue
         cells = ["" if each is None else f"{each:.2f}" for each in found.values()]
-        means = [_mean([found[task] for task in some]) for some in (tasks, finite)]
+        means = [mean_ratio([found[task] for task in some]) for some in (tasks, finite)]
         lines.append(f"| {row[0]} | {row[1]} | {' | '.join((*cells, *means))} |")
     return lines
 
 
-def _mean(found: Sequence[float | None]) -> str:
-    """Geometric; none where a run diverged or is missing."""
-    known = [max(each, TINY) for each in found if each is not None and math.isfinite(each)]
-    return f"{geometric_mean(known):.2f}" if known and len(known) == len(found) else ""
-
-
 def report(records: Sequence[Record]) -> str:
     """The tables, in Markdown."""
-    tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
+    tasks = tasks_of(records)
     with_validation = [t for t in tasks if any(r[VALIDATION] for r in records if r["task"] == t)]
     losses = {
-        task: median(r[TRAINING].get(LAST, math.inf) for r in records if r["task"] == task and r["ending"] == CONSTANT)
+        task: median(r[TRAINING].get(LAST, math.inf) for r in records if r["task"] == task and r["variant"] == CONSTANT)
         for task in tasks
     }
-    machine, seeds = records[-1]["environment"], len({record["seed"] for record in records})
-    sources = ", ".join(sorted({record["environment"]["lodo_source"] for record in records}))
+    seeds = len({record["seed"] for record in records})
     return "\n".join(
         [
             "# How a training ends",
             "",
-            f"`python -m benchmarks.endings --data-root MNIST`, {machine['processor']}, torch {machine['torch']}, lodo "
-            f"source {sources}, {seeds} seeds. AutoLODO without a warm-up, its averages over a share of "
-            f"{SHARE} of the steps. Losses over those of the last point of a constant rate at the same seed, medians "
-            "over the seeds; means are geometric, over all tasks and over those whose data come again and again, which "
-            "weight decay is for. The training loss is the mean of the last tenth of the steps (at the average: of the "
-            "same batches there): of a cooldown of 10 % that is all of it, of one of 30 % its last third. The "
-            f'validation loss is that at the end; "{BEST}" is the lowest of {VALIDATIONS} along the run, which has '
-            "looked at the held-out data to stop early.",
+            f"`python -m benchmarks.endings --data-root MNIST`, {made_of(records)}, {seeds} seeds. AutoLODO without a "
+            f"warm-up, its averages over a share of {SHARE} of the steps. Losses over those of the last point of a "
+            "constant rate at the same seed, medians over the seeds; means are geometric, over all tasks and over "
+            "those whose data come again and again, which weight decay is for. The training loss is the mean of the "
+            "last tenth of the steps (at the average: of the same batches there): of a cooldown of 10 % that is all of "
+            f'it, of one of 30 % its last third. The validation loss is that at the end; "{BEST}" is the lowest of '
+            f"{VALIDATIONS} along the run, which has looked at the held-out data to stop early.",
             "",
             "Training losses of the constant rate: "
             f"{', '.join(f'{name} {loss:.3g}' for name, loss in losses.items())}.",
@@ -233,7 +190,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
     shown = [(CONSTANT, AVERAGE), ("cooldown, last 20 %", LAST), ("linear decay", LAST), ("cosine", LAST)]
     shown.append(("weight decay .1", LAST))
-    tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
+    tasks = tasks_of(records)
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(tasks) + 1.6), sharey=True, layout="constrained")
     for axis, aim in zip(axes, (TRAINING, VALIDATION), strict=True):
         for number, (row, marker) in enumerate(zip(shown, "os^Dv", strict=True)):
@@ -253,28 +210,12 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of runs, report and picture")
-    parser.add_argument("--data-root", type=Path, help="folder of MNIST's files; its tasks are left out without")
-    parser.add_argument("--tasks", help="comma-separated; all on which defaults are chosen")
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs of each ending on each task")
-    parser.add_argument("--steps", type=int, help="of every run, instead of the tasks' own; for trying out")
-    parser.add_argument("--report-only", action="store_true", help="of the runs that there are")
-    chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    names = chosen.tasks.split(",") if chosen.tasks else [n for n, task in TASKS.items() if task.split == "choose"]
-    tasks = [get_task(name) for name in names]
-    for task in [task for task in tasks if task.needs_mnist and chosen.data_root is None]:
-        print(f"{task.name} is left out: it needs --data-root, the folder of MNIST's files", file=sys.stderr)
-        tasks.remove(task)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    path = chosen.out / "runs.jsonl"
-    if not chosen.report_only:
-        run_missing(tasks, range(chosen.seeds), path, chosen.data_root, chosen.steps)
-    if not (records := [*loaded(path, chosen.steps).values()]):
-        sys.exit(f"there are no runs in {path}")
-    (chosen.out / "report.md").write_text(report(records))
-    draw(records, chosen.out / "endings.png")
+    assert __doc__ is not None
+    records, out = records_of(
+        arguments, __doc__, OUT, run, lambda task: [name for name, each in ENDINGS.items() if each.applies_to(task)]
+    )
+    (out / "report.md").write_text(report(records))
+    draw(records, out / "endings.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ and dtypes, what is saved, what is checked when it is loaded and how it lies on 
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -52,6 +52,7 @@ class Slot:
         dtype: what it is kept in.
         low, high: between which its numbers lie.
         may_be_infinite: it is made of parameters, which may hold infinity, as masks do.
+        outlives_shards: it goes on with another number of shards; a TABLE as one rank has it.
         squares: which rows of a table hold second moments, which are not negative.
         powers: it is multiplied by factor ** power when the unit of gradients changes; for a TABLE with rows, theirs.
     """
@@ -65,6 +66,7 @@ class Slot:
     low: float = -math.inf
     high: float = math.inf
     may_be_infinite: bool = False
+    outlives_shards: bool = False
     squares: tuple[int, ...] = ()
     powers: tuple[int, ...] = (0,)
 
@@ -72,6 +74,16 @@ class Slot:
     def is_whole(self) -> bool:
         """Whether it holds whole numbers."""
         return self.dtype in (Dtype.COUNT, Dtype.INDEX, Dtype.FLAG)
+
+    def room(self, ranks: Iterable[Sequence[torch.Size]]) -> list[int]:
+        """How many numbers each parameter has of a PACKED slot: as many as on the rank that needs most, for that is how
+        they lie in a DTensor of all ranks (`lodo.state.sharding`).
+
+        Args:
+            ranks: the shapes of all parameters, or of their shards, on each rank.
+        """
+        assert self.sizes is not None
+        return [max(numbers) for numbers in zip(*map(self.sizes, ranks), strict=True)]
 
 
 class Role(Enum):

@@ -26,9 +26,10 @@ from lodo.preconditioners import Operator, Preconditioner
 from lodo.scalars import is_tensor
 from lodo.state import averages
 from lodo.state.checks import prepare_state_dict, unwrap
-from lodo.state.flat import check_parameters, has_gradients, is_sharded
+from lodo.state.flat import check_parameters, has_gradients, is_flattened
 from lodo.state.group_state import GroupState, has_state
 from lodo.state.layout import slots_of
+from lodo.state.sharding import split_by_ranks
 from lodo.step import check_gradients, take_step_
 
 
@@ -171,32 +172,37 @@ class LODO(Optimizer):
                 self._group_state(each).reset_()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, during training too, with its own network. Its options default to the constructor's.
+        """Adds a group, during training too, with its own network. Its options default to the constructor's. One with
+        DTensors that are not all sharded over the same ranks becomes several.
 
         Raises:
             TypeError, ValueError: as the constructor; the optimizer is as before then.
         """
+        before = len(self.param_groups)
+        try:
+            for each in split_by_ranks(param_group):
+                self._add_param_group(each)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
         learned = None
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
             check_options(options)
-            if isinstance(options["preconditioner"], Preconditioner):
-                learned = options["preconditioner"]
+            if isinstance(learned := options["preconditioner"], Preconditioner):
                 param_group = {**param_group, **learned.options}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["params"] = list(dict.fromkeys(group["params"]))  # torch only warns of one that is given twice
         made_plain(group)
-        try:
-            check_parameters(group["params"])
-            for part in PARTS:
-                if part.is_used(group):
-                    part.check(group, is_sharded(group["params"]))
-            if learned is not None:
-                self._keep(group, GroupState(group, self.state, learned))
-        except Exception:
-            self.param_groups.pop()
-            raise
+        check_parameters(group["params"])
+        for part in PARTS:
+            if part.is_used(group):
+                part.check(group, is_flattened(group["params"]))
+        if isinstance(learned, Preconditioner):
+            self._keep(group, GroupState(group, self.state, learned))
 
     @property
     def preconditioners(self) -> list[Operator | None]:
@@ -213,16 +219,17 @@ class LODO(Optimizer):
         `step` refuses to go on before `train`; the state keeps, and saves, the parameters themselves meanwhile. Twice,
         or without averages, it does nothing: tools that know such methods, as Hugging Face's Trainer does, may call it.
         """
-        asked = (group for group in self.param_groups if group["average_share"] is not None and self._has_state(group))
-        groups = [(self._group_state(each), each["params"]) for each in asked if not self._is_averaged(each)]
-        averages.show_(groups, self.state)
+        asked = [group for group in self.param_groups if group["average_share"] is not None and self._has_state(group)]
+        hidden = [group for group in asked if not averages.are_shown(group["params"], self.state)]
+        averages.show_([(self._group_state(group), group["params"]) for group in hidden], self.state)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def train(self) -> None:
         """Puts the parameters back, bit for bit, after `eval`, whatever was written into them since."""
-        for group in filter(self._is_averaged, self.param_groups):
-            averages.hide_(self._group_state(group), group["params"], self.state)
+        for group in self.param_groups:
+            if averages.are_shown(group["params"], self.state):
+                averages.hide_(self._group_state(group), group["params"], self.state)
 
     def averaged(
         self, model: nn.Module | None = None, batches: Iterable[Any] | None = None
@@ -444,9 +451,6 @@ class LODO(Optimizer):
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         return has_state(group["params"], self.state)
-
-    def _is_averaged(self, group: dict[str, Any]) -> bool:
-        return averages.are_shown(group["params"], self.state)
 
     def _is_live(self, group: dict[str, Any]) -> bool:
         """Whether a step was taken on the group's state as it is, so that the next one has nothing to prepare."""

@@ -61,8 +61,9 @@ class Average(Part):
 
     @classmethod
     def slots(cls, options: Options, found: Container[str] = ()) -> tuple[Slot, ...]:
-        own = (Slot("average", may_be_infinite=True), Slot("averaged", Kind.TABLE, dtype=Dtype.COUNT, low=0.0))
-        return (*own, ITERATE) if ITERATE.name in found else own
+        average = Slot("average", may_be_infinite=True, outlives_shards=True)
+        averaged = Slot("averaged", Kind.TABLE, dtype=Dtype.COUNT, low=0.0, outlives_shards=True)
+        return (average, averaged, ITERATE) if ITERATE.name in found else (average, averaged)
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
         super().__init__(layout, tensors, options)

@@ -88,9 +88,15 @@ class Member(NamedTuple):
     packed: int
 
 
-def batched(shapes: Sequence[torch.Size]) -> list[list[Member]]:
+def batched(shapes: Sequence[torch.Size], room: Sequence[int] | None = None) -> list[list[Member]]:
     """The tensors that have bases, those of one shape together that lie at equal distances, as in a model of equal
-    blocks: so that one view of a vector shows them all."""
+    blocks: so that one view of a vector shows them all.
+
+    Args:
+        shapes: of all parameters of a group.
+        room: how many numbers each has in packed tensors; None for as many as it needs.
+    """
+    room = numbers_of(shapes) if room is None else room
     found: list[list[Member]] = []
     start = packed = 0
     for place, (shape, sides) in enumerate(zip(shapes, sides_of(shapes), strict=True)):
@@ -102,7 +108,7 @@ def batched(shapes: Sequence[torch.Size]) -> list[list[Member]]:
             else:
                 batch.append(member)
         start += shape.numel()
-        packed += sum(side.size for side in sides)
+        packed += room[place]
     return found
 
 

@@ -37,6 +37,9 @@ FACTORS_EVERY = 2  # steps between two gradients that are taken into the average
 UNSEEN, SEEN, HELD_FROM_BELOW, HELD_FROM_ABOVE = range(4)  # what is known of an element
 PATIENCE = 10  # steps for which an element is taken to be held
 
+FACTORS = Slot("factors", Kind.PACKED, sizes=numbers_of, powers=(2,))
+EIGENBASIS = Slot("eigenbasis", Kind.PACKED, sizes=numbers_of)
+
 
 class Eigenbasis(SecondMoment):
     """T = D^1/2 Q^T M, where M leaves out the elements that have had no gradient yet, for rotations would spread steps
@@ -52,26 +55,24 @@ class Eigenbasis(SecondMoment):
 
     @classmethod
     def slots(cls, options: Options, found: Container[str] = ()) -> tuple[Slot, ...]:
-        factors = Slot("factors", Kind.PACKED, sizes=numbers_of, powers=(2,))
-        eigenbasis = Slot("eigenbasis", Kind.PACKED, sizes=numbers_of)
         seen = Slot("seen", dtype=Dtype.FLAG, low=0, high=HELD_FROM_ABOVE)
-        return (*super().slots(options, found), factors, eigenbasis, seen)
+        return (*super().slots(options, found), FACTORS, EIGENBASIS, seen)
 
     @classmethod
-    def check(cls, options: Mapping[str, Any], is_sharded: bool = False) -> None:
+    def check(cls, options: Mapping[str, Any], is_flattened: bool = False) -> None:
         if options["capturable"]:
             raise ValueError(
                 "base must be None or 'adam' with capturable=True, for 'soap' waits for the device; got 'soap'"
             )
-        if is_sharded:
+        if is_flattened:
             raise ValueError(
-                "base must be None or 'adam' for sharded parameters, whose shards have no factors of their own; got "
-                "'soap'"
+                "base must be None or 'adam' for parameters of FullyShardedDataParallel, which it flattens, so that no "
+                "matrix is left to have eigenbases; got 'soap'; fully_shard leaves them"
             )
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], options: Options) -> None:
         super().__init__(layout, tensors, options)
-        self._batches = [_Batch(members, tensors) for members in batched(layout.shapes)]
+        self._batches = [_Batch(members, tensors) for members in batched(layout.shapes, layout.room(EIGENBASIS))]
 
     def _rotated(self) -> set[int]:
         return {place for place, sides in enumerate(sides_of(self.layout.shapes)) if sides}

@@ -24,16 +24,22 @@ class Layout(NamedTuple):
         dtypes: of the parameters.
         dtype: that the optimizer computes in.
         device: of all.
+        elsewhere: the shapes on the other ranks, if the parameters are shards; those that are alike once.
     """
 
     shapes: Sequence[torch.Size]
     dtypes: Sequence[torch.dtype]
     dtype: torch.dtype
     device: torch.device
+    elsewhere: Sequence[Sequence[torch.Size]] = ()
 
     @property
     def lengths(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
+
+    def room(self, slot: Slot) -> list[int]:
+        """How many numbers of a PACKED slot each parameter has."""
+        return slot.room([self.shapes, *self.elsewhere])
 
 
 class Undone(NamedTuple):
@@ -101,8 +107,9 @@ class Part:
         return ()
 
     @classmethod
-    def check(cls, options: Mapping[str, Any], is_sharded: bool = False) -> None:
-        """Raises a ValueError for options that do not go together, or not with sharded parameters."""
+    def check(cls, options: Mapping[str, Any], is_flattened: bool = False) -> None:
+        """Raises a ValueError for options that do not go together, or not with parameters that FSDP1 has flattened,
+        whose shards have no shape of their own."""
 
     # ---- the life of its state ----------------------------------------------------------------------------------
 

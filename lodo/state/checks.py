@@ -84,9 +84,10 @@ def prepare_state_dict(
         has_lost |= not is_misfit and _has_lost_network(entries, group)
         for key, entry in zip(keys, entries, strict=True):
             if is_misfit and "momentum" in entry:
-                found[key] = {"momentum": entry["momentum"]}
+                momentum = entry["momentum"]
                 if any(part.changes_gradients for part in parts_of(group)):  # in coordinates and units that are lost
-                    found[key] = {"momentum": torch.zeros_like(entry["momentum"])}
+                    momentum = torch.zeros_like(momentum)
+                found[key] = {"momentum": momentum, **StateLayout(group["params"], group).outlived(entry)}
     ids = {key for saved in saved_groups for key in saved["params"]}
     return Prepared(wrap(found, ids), has_new, has_lost)
 
@@ -241,7 +242,7 @@ class GroupCheck:
         self.layout = StateLayout(self.params, group, entries)
 
     def run(self) -> bool:
-        """Whether the state is of another number of shards, whose momentum alone can go on.
+        """Whether the state is of another number of shards, of which little can go on.
 
         Raises:
             ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, or
@@ -250,10 +251,12 @@ class GroupCheck:
         self._check_names()
         is_misfit = self._is_misfit()
         for slot in self.layout.slots:
-            if slot.kind is not Kind.NETWORK and (slot.name == "momentum" or not is_misfit):
-                for place, entry in enumerate(self.entries):
-                    if entry:
-                        self._check_slot(slot, entry, place, f"{self.where}, parameter {place}: {slot.name}")
+            for place, entry in enumerate(self.entries if slot.kind is not Kind.NETWORK else ()):
+                what = f"{self.where}, parameter {place}: {slot.name}"
+                if entry and (not is_misfit or slot.name == "momentum"):
+                    self._check_slot(slot, entry, place, what)
+                elif slot.name in self.layout.outlived(entry):
+                    self._check_outlived(slot, entry[slot.name], place, what)
         if not is_misfit:
             self._check_network()
             self._check_fsdp1_rank()
@@ -276,8 +279,7 @@ class GroupCheck:
         for entry in self.entries:
             if "shards" in entry:
                 check_tensor(f"{self.where}: shards", entry["shards"], (1,), (torch.int64,))
-                return int(entry["shards"]) != own
-        return False
+        return any(int(entry["shards"]) != own for entry in self.entries if "shards" in entry)
 
     def _check_slot(self, slot: Slot, entry: Entry, place: int, what: str) -> None:
         key, layout = self.layout.key(slot), self.layout
@@ -303,6 +305,17 @@ class GroupCheck:
             check_numbers(what, opened, slot.low, slot.high, slot.is_whole, slot.may_be_infinite)
             for row in slot.squares:
                 check_numbers(f"{what}, its second moments", opened[row], 0.0)
+
+    def _check_outlived(self, slot: Slot, value: Any, place: int, what: str) -> None:
+        """Of what was saved with another number of shards."""
+        is_table = slot.kind is Kind.TABLE
+        check_tensor(
+            what, value, slot.shape if is_table else self.layout.shape_in_state(slot, place), DTYPES[slot.dtype]
+        )
+        if not is_table:
+            check_saved_like(what, value, self.params[place], len(slot.shape))
+        if self.reads_numbers:
+            check_numbers(what, value, slot.low, slot.high, slot.is_whole, slot.may_be_infinite)
 
     def _has_learned(self, entry: Entry) -> bool:
         slot = next((slot for slot in self.layout.slots if slot.name == "meta_step"), None)

@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lodo.parts import Layout
-from lodo.state.sharding import Sharding, check_sharding, is_dtensor, is_fsdp1, local, local_gradient, rank_of_fsdp1
+from lodo.state.sharding import (
+    Sharding,
+    check_sharding,
+    is_dtensor,
+    is_fsdp1,
+    local,
+    local_gradient,
+    rank_of_fsdp1,
+    shapes_on_ranks,
+)
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,9 +74,9 @@ def has_gradients(params: Sequence[Tensor]) -> bool:
     return found
 
 
-def is_sharded(params: Sequence[Tensor]) -> bool:
-    """Whether this rank has only a part of the parameters."""
-    return bool(params) and (Sharding.of(params) is not None or rank_of_fsdp1(params) is not None)
+def is_flattened(params: Sequence[Tensor]) -> bool:
+    """Whether this rank has a part of the parameters in which their shapes are lost."""
+    return bool(params) and rank_of_fsdp1(params) is not None
 
 
 def computed_dtype(params: Sequence[Tensor]) -> torch.dtype:
@@ -90,6 +99,7 @@ class FlatParameters:
         self.device = params[0].device
         ranks = is_fsdp1(params[0]) or None if self.sharding is None else self.sharding.ranks
         self.mesh: Mesh = (self.device, ranks)
+        self._elsewhere = [] if self.sharding is None else shapes_on_ranks(params)
         self.dtype = computed_dtype(params)
         self._made_for = [(tensor.dtype, tensor.shape) for tensor in tensors]
         self.shapes = [tensor.shape for tensor in tensors]
@@ -102,7 +112,7 @@ class FlatParameters:
     @property
     def layout(self) -> Layout:
         """What parts are to know of it."""
-        return Layout(self.shapes, self.dtypes, self.dtype, self.device)
+        return Layout(self.shapes, self.dtypes, self.dtype, self.device, self._elsewhere)
 
     def tensors(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """The parameters, or the parts of them that are on this rank."""

@@ -92,7 +92,7 @@ class GroupState:
             missing[slot.name] = []
             for place, view in enumerate(views(slot, tensors[slot.name], self.flat.layout)):
                 entry = entries[place]
-                is_wanted = self.layout.has_taken_steps(entry) or slot.name == "momentum"
+                is_wanted = self.layout.has_taken_steps(entry) or slot.name == "momentum" or slot.outlives_shards
                 found = self.layout.opened(slot, entry, place) if is_wanted else None
                 if found is None:
                     missing[slot.name].append(place)
@@ -193,11 +193,11 @@ class GroupState:
                 shown[place].append(self.layout.shown(slot, own, place))
         keys = [self.layout.key(slot) for slot in with_slots]
         # Of its own memory: distributed checkpoints load in place, and one rank's over all of what is plain.
-        self._steps_to_read = None if self.layout.sharding is None else self.tensors["step"].clone()
+        self._to_read = [(self.tensors[slot.name].clone(), self.tensors[slot.name]) for slot in self.layout.read_slots]
         for place, (p, tensors) in enumerate(zip(params, shown, strict=True)):
             state[p].update(zip(keys, tensors, strict=True))
-            if self._steps_to_read is not None:
-                state[p]["step"] = self._steps_to_read[place]
+            for slot, (copies, _) in zip(self.layout.read_slots, self._to_read, strict=True):
+                state[p][slot.name] = copies[place]
             self._kept.append((p, itemgetter(*keys), tuple(tensors)))
         self._views = [tensor for tensors in shown for tensor in tensors if not is_dtensor(tensor)]
         self._publish_network(params, state, former)
@@ -215,17 +215,17 @@ class GroupState:
         if former is not None and former is not entry:
             for name in map(self.layout.key, slots.values()):
                 former.pop(name, None)
+        shards = 1 if self.layout.sharding is None else self.layout.sharding.shards
         for p in params:
-            for name in ("shards", "fsdp1_rank"):
-                state[p].pop(name, None)
+            state[p].pop("fsdp1_rank", None)
+            # With each of them: they may be in other groups where this is loaded. A one-dimensional tensor: torch
+            # cannot load a number that is not in the state it loads into.
+            state[p]["shards"] = torch.tensor([shards], device=self.flat.device)
         own = self._network_tensors()
         shown = {self.layout.key(slots[name]): self.layout.shown(slots[name], own[name]) for name in own}
         entry.update(shown)
         if self.layout.sharding is not None and own:
             self._work_on({name: self.layout.opened(slots[name], entry) for name in own})
-        shards = 1 if self.layout.sharding is None else self.layout.sharding.shards
-        # A one-dimensional tensor: torch cannot load a number that is not in the state it loads into.
-        entry["shards"] = torch.tensor([shards], device=self.flat.device)
         if (rank := rank_of_fsdp1(params)) is not None:
             entry["fsdp1_rank"] = torch.tensor(rank, device=self.flat.device)
         if shown:
@@ -264,8 +264,8 @@ class GroupState:
     def record_versions(self) -> None:
         """What somebody else writes into the tensors from here on is seen."""
         self._versions = list(map(_version, self._watched))
-        if self._steps_to_read is not None:
-            self._steps_to_read.copy_(self.tensors["step"])
+        for copies, table in self._to_read:
+            copies.copy_(table)
 
     def is_bound_to(self, state: State, params: Sequence[Tensor]) -> bool:
         """Whether `state` still holds these very tensors for these parameters, and nobody else has written into them

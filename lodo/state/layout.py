@@ -1,19 +1,21 @@
 """How state lies in `optimizer.state`: per parameter, under the names of the slots (`lodo.declarations`).
 
-What belongs to a parameter hangs on that parameter: its own count "step", "momentum" and whatever the parts keep. What
+What belongs to a parameter hangs on that parameter: its own count "step", "momentum", whatever the parts keep, and
+"shards", the number of shards of the parameters of its group. What
 is of one size with it is a view of one vector of the whole group, as kernels want it. Only a network that acts on the
 group as a whole ("theta", its inner Adam's "theta_exp_avg" and "theta_exp_avg_sq", "meta_step", "last_lr") hangs on one
 parameter, the first that requires gradients (what there is for others is lost when torch.distributed.checkpoint loads
-it), and with it "shards", the number of shards of the parameters.
+it).
 
 On several ranks: what is shaped like a parameter that is a DTensor is a DTensor like it. The rest is of this rank's
 shard alone, and lies there under keys such as "theta_in_4_shards", as DTensors that are made of the ranks' own tensors
-(`lodo.state.sharding`). A state from another number of shards is loaded without it. FSDP1's parameters do not tell
-which shard they are: there "fsdp1_rank" holds the rank and the number of ranks.
+(`lodo.state.sharding`). A state from another number of shards is loaded without it, but for `Slot.outlives_shards`.
+FSDP1's parameters do not tell which shard they are: there "fsdp1_rank" holds the rank and the number of ranks.
 """
 
 import math
 from collections.abc import Container, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,11 +26,11 @@ from lodo.parts import Layout, parts_of
 from lodo.preconditioners import BY_NAME
 from lodo.rounding import kept_dtype
 from lodo.scalars import wide
-from lodo.state.sharding import Sharding, local, shown_as
+from lodo.state.sharding import Sharding, local, shapes_on_ranks, shown_as
 
 STEP = Slot("step", Kind.TABLE, dtype=Dtype.COUNT, low=0.0)
 COMMON = (STEP, Slot("skipped_steps", Kind.TABLE, dtype=Dtype.COUNT, low=0.0))
-MARKS = ("shards", "fsdp1_rank", "step")  # "step" is there on shards too, for who reads it: this rank's
+MARKS = ("shards", "fsdp1_rank", "step")
 
 State = dict[Any, dict[str, Any]]
 Entry = Mapping[str, Any]
@@ -61,8 +63,7 @@ def allocate(slot: Slot, options: Options, layout: Layout) -> Tensor:
     elif slot.kind is Kind.TABLE:
         shape = (len(layout.shapes), *slot.shape)
     else:
-        assert slot.sizes is not None
-        shape = (sum(slot.sizes(layout.shapes)),)
+        shape = (sum(layout.room(slot)),)
     return torch.zeros(shape, dtype=dtype_of(slot, options, layout), device=layout.device)
 
 
@@ -73,8 +74,7 @@ def views(slot: Slot, tensor: Tensor, layout: Layout) -> list[Tensor]:
         return [part.view((*slot.shape, *shape)) for part, shape in zip(parts, layout.shapes, strict=True)]
     if slot.kind is Kind.TABLE:
         return list(tensor.unbind())
-    assert slot.sizes is not None
-    return list(tensor.split_with_sizes(slot.sizes(layout.shapes)))
+    return list(tensor.split_with_sizes(layout.room(slot)))
 
 
 class StateLayout:
@@ -95,6 +95,11 @@ class StateLayout:
         self.shapes = [local(p).shape for p in params]
         self.size = sum(shape.numel() for shape in self.shapes)
 
+    @cached_property
+    def _on_ranks(self) -> list[list[torch.Size]]:
+        """The shapes on all ranks."""
+        return [self.shapes] if self.sharding is None else shapes_on_ranks(self.params)
+
     def key(self, slot: Slot) -> str:
         """The key of a slot in the state of a parameter."""
         if self.sharding is None or slot.kind is Kind.ELEMENTS:
@@ -113,8 +118,7 @@ class StateLayout:
         if slot.kind is Kind.TABLE:
             return slot.shape
         if slot.kind is Kind.PACKED:
-            assert slot.sizes is not None
-            return (slot.sizes(self.shapes)[place],)
+            return (slot.room(self._on_ranks)[place],)
         return self._network_shape(slot, self.size)
 
     def _network_shape(self, slot: Slot, size: int) -> tuple[int, ...]:
@@ -139,10 +143,26 @@ class StateLayout:
             return math.prod(self._network_shape(slot, self.sharding.largest))
         return math.prod(self.shape(slot, place))
 
+    @property
+    def read_slots(self) -> tuple[Slot, ...]:
+        """The tables that are in the state of shards under their own names too, as plain tensors of this rank's
+        numbers: "step", for who reads it, and what goes on with another number of shards."""
+        if self.sharding is None:
+            return ()
+        return tuple(slot for slot in self.slots if slot.kind is Kind.TABLE and (slot.outlives_shards or slot is STEP))
+
+    def outlived(self, entry: Entry) -> dict[str, Any]:
+        """What of the state of a parameter, of another number of shards, goes on beside its momentum: all or nothing,
+        for one does not make sense without another."""
+        names = [slot.name for slot in self.slots if slot.outlives_shards]
+        return {name: entry[name] for name in names} if all(name in entry for name in names) else {}
+
     def opened(self, slot: Slot, entry: Entry, place: int = 0) -> Tensor | None:
         """This rank's tensor of what is in the state of the parameter at a place, in the same memory; None if there is
         none."""
         value = entry.get(self.key(slot))
+        if value is None and slot.outlives_shards and not self.has_taken_steps(entry):
+            return local(entry[slot.name]) if slot.name in entry else None
         if value is not None and slot.kind is Kind.ELEMENTS:
             return local(value)
         if value is None or self.sharding is None:

@@ -7,9 +7,10 @@ its own tensor, flattened and padded with zeros to the size that the rank with m
 distributed checkpoints save and gather every rank's, and replicas (of HSDP) count as such.
 """
 
+import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -77,6 +78,8 @@ def shown_as_placement(at: "Placement", lead: int) -> "Placement":
     """The placement of a tensor with `lead` dimensions before those that `at` is of."""
     from torch.distributed.tensor import Shard
 
+    if hasattr(at, "split_factor"):  # of tensor parallelism under FSDP2; in torch 2.11 it is a Shard too
+        return type(at)(at.dim + lead, split_factor=at.split_factor)  # type: ignore[attr-defined, call-arg]
     return Shard(at.dim + lead) if isinstance(at, Shard) else at
 
 
@@ -104,6 +107,25 @@ def check_sharding(params: Sequence[Tensor]) -> None:
             "the parameters of one group must be sharded over the same ranks, or the network of each rank would move a "
             f"replicated one differently; got {', '.join(found)}; make one group for each"
         )
+
+
+def split_by_ranks(param_group: Any) -> list[Any]:
+    """Param groups of one with DTensors: one for all that are sharded over the same ranks, each with all options.
+
+    Each rank steps on its shards as one process on tensors, which must move no replica of what others have too.
+
+    Args:
+        param_group: as `torch.optim.Optimizer.add_param_group` takes it; what that refuses comes back as it is.
+    """
+    params = param_group.get("params") if isinstance(param_group, dict) else None
+    if not isinstance(params, Iterable) or isinstance(params, Tensor | set):
+        return [param_group]
+    params = list(params)
+    tensors = [each[1] if isinstance(each, tuple) else each for each in params]
+    found: dict[Any, list[Any]] = {}
+    for each, tensor in zip(params, tensors, strict=True):
+        found.setdefault(_spread(tensor) if any(map(is_dtensor, tensors)) else None, []).append(each)
+    return [{**param_group, "params": own} for own in found.values() or [params]]
 
 
 def _kind(p: Tensor) -> str:
@@ -189,6 +211,32 @@ class Sharding:
                 f"{what} has shape {tuple(value.shape)} in the saved state, this optimizer expects {(size,)} (set by "
                 "the preconditioner's options)"
             )
+
+
+def shapes_on_ranks(params: Sequence[Tensor]) -> list[list[torch.Size]]:
+    """The shapes of the shards of parameters on all ranks, in any order; equal ones once.
+
+    Args:
+        params: of one group, with a `Sharding`.
+    """
+    mesh, dims = _spread(params[0])  # type: ignore[misc]
+    ranks = itertools.product(*(range(mesh.size(i)) if i in dims else [0] for i in range(mesh.ndim)))
+    found = {tuple(_shape_on(p, coordinates) for p in params): None for coordinates in ranks}
+    return [list(shapes) for shapes in found]
+
+
+def _shape_on(p: Tensor, coordinates: Sequence[int]) -> torch.Size:
+    """The shape of the shard of a parameter that the rank with these coordinates in the mesh has."""
+    assert is_dtensor(p)
+    shape = list(p.shape)
+    splits = [(i, at) for i, at in enumerate(p.placements) if not at.is_replicate()]
+    # Tensor parallelism under FSDP2: what the later dimensions of the mesh have left is split by the first.
+    splits.sort(key=lambda split: hasattr(split[1], "split_factor"))
+    for i, at in splits:
+        dim: int = at.dim  # type: ignore[attr-defined]
+        most = -(-shape[dim] // p.device_mesh.size(i))
+        shape[dim] = min(most, max(0, shape[dim] - coordinates[i] * most))
+    return torch.Size(shape)
 
 
 def _largest_part(p: Tensor) -> int:

@@ -48,7 +48,7 @@ def test_losses_are_those_of_a_loop_of_ones_own(name):
 
 def test_ratios_are_medians_over_seeds_and_infinite_where_runs_diverge():
     def record(seed, ending, loss):
-        return {"task": "t", "seed": seed, "ending": ending, TRAINING: {} if loss is None else {LAST: loss}}
+        return {"task": "t", "seed": seed, "variant": ending, TRAINING: {} if loss is None else {LAST: loss}}
 
     records = [record(seed, CONSTANT, 2.0 * (seed + 1)) for seed in range(3)]
     records += [record(0, "cosine", 2.0), record(1, "cosine", 2.0), record(2, "cosine", 2.0)]
@@ -62,7 +62,7 @@ def test_what_is_on_record_is_not_run_again(tmp_path, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--tasks", "rosenbrock", "--seeds", "1", "--steps", "40"]
     endings.main(arguments)
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [record["ending"] for record in records] == [n for n, each in ENDINGS.items() if not each.options]
+    assert [record["variant"] for record in records] == [n for n, each in ENDINGS.items() if not each.options]
     monkeypatch.setattr(endings, "run", lambda *args: pytest.fail("ran again"))
     endings.main(arguments)
     text = (tmp_path / "report.md").read_text()

@@ -32,6 +32,11 @@ def network(dtype=torch.float64):
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
 
 
+def deeper_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Linear(3, 3))
+
+
 def train(model, optimizer, begin, end, share=slice(None)):
     """Steps `begin` to `end` on a batch of 16, of which this rank sees its share. A model may tell in `late` of
     parameters that have no gradient before some step."""
@@ -123,6 +128,17 @@ def late_run():
     """The call that wants no tuning, where two parameters join late, one of them after the first 8 steps."""
     model = fsdp()
     model.late = {"0.bias": 3, "2.weight": 11}
+    return model, lodo.AutoLODO(model.parameters(), weight_decay=0.01)
+
+
+def auto_run():
+    model = fsdp()
+    return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
+
+
+def late_adam_run():
+    """The same without eigenbases."""
+    model, _ = late_run()
     return model, lodo.AutoLODO(model.parameters(), base="adam", weight_decay=0.01)
 
 
@@ -131,15 +147,25 @@ def hsdp_run():
     return model, lodo.LODO(model.parameters(), **OPTIONS, **LEAN)
 
 
+def hsdp_auto_run():
+    model, _ = hsdp_run()
+    return model, lodo.AutoLODO(model.parameters())
+
+
 def two_dimensional_run():
     """Tensor parallelism within pairs of ranks, FSDP2 across: four kinds of sharding, which make three groups."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Linear(3, 3))
+    model = deeper_network()
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     fully_shard(model, mesh=mesh["dp"])
     model.share = slice(mesh.get_local_rank("dp"), None, 2)
-    return model, lodo.LODO(from_docs("groups_by_sharding")(model), **OPTIONS)
+    return model, lodo.LODO(model.parameters(), **OPTIONS)
+
+
+def two_dimensional_auto_run():
+    """The same with the call that wants no tuning, and averages."""
+    model, _ = two_dimensional_run()
+    return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
 
 
 def frozen_run():

@@ -77,7 +77,10 @@ def state_of(optimizer, group=0):
     entries = [optimizer.state[p] for p in params]
     is_elementwise = optimizer.param_groups[group]["preconditioner"] in ("log_diagonal", "identity")
     for name in dict.fromkeys(name for entry in entries for name in entry):
-        if name == "shards" or (name in OF_NETWORKS and not is_elementwise):
+        if name == "shards":
+            (found[name],) = {int(entry[name]) for entry in entries if name in entry}
+            found[name] = torch.tensor([found[name]])
+        elif name in OF_NETWORKS and not is_elementwise:
             (found[name],) = (entry[name].clone() for entry in entries if name in entry)
         elif name in PACKED:
             found[name] = torch.cat([entry[name] for entry in entries])

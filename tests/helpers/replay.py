@@ -143,8 +143,7 @@ class Replay:
             return (*((len(decays),) if name == "momenta" else ()), *self.values[place].shape)
         if name in PACKED:
             (slot,) = (slot for slot in Eigenbasis.slots(self.options) if slot.name == name)
-            assert slot.sizes is not None
-            return (slot.sizes(self.layout.shapes)[place],)
+            return (self.layout.room(slot)[place],)
         tables: dict[str, tuple[int, ...]] = {"scale": (3,), "mixture": (3, len(decays))}
         return tables.get(name, ())
 

@@ -112,9 +112,9 @@ class Twin:
 
     def assert_same(self, optimizer):
         """Parameters and state agree in every bit. What is shaped like a parameter is spread as that is; the rest is
-        this rank's alone, padded with zeros. The count of steps is there as a plain number too."""
+        this rank's alone, padded with zeros. Two counts are there as plain numbers too."""
         slots = {slot.name: slot for slot in slots_of(self.optimizer.param_groups[0])}
-        shards = [int(optimizer.state[p]["shards"]) for p in self.originals if "shards" in optimizer.state[p]]
+        shards = [*{int(optimizer.state[p]["shards"]) for p in self.originals}]
         assert len(shards) == 1
         for p, original in zip(self.params, self.originals, strict=True):
             assert torch.equal(p, local(original))
@@ -122,7 +122,8 @@ class Twin:
                 continue
             expected, found = self.optimizer.state[p], dict(optimizer.state[original])
             if shards != [1]:
-                assert torch.equal(found.pop("step"), expected["step"])
+                for name in {"step", "averaged"} & expected.keys():
+                    assert torch.equal(found.pop(name), expected[name])
             for name, value in expected.items():
                 if name == "shards":
                     kept = found.pop(name)
@@ -190,6 +191,9 @@ def test_fsdp_is_a_separate_optimizer_for_each_shard(world):
         PARTS,
         {**PARTS, "preconditioner": "identity", "max_step_norm": 0.1},
         {**PARTS, "preconditioner": "block_permutation", "momentum_dtype": "bfloat16"},
+        {**PARTS, "base": "soap"},
+        {**lodo.RECOMMENDED, "lr": 1e-2, "average_share": 0.2},
+        {**lodo.RECOMMENDED, "dtype": torch.bfloat16},
     ]
     run(world, fsdp_and_twin, cases)
 
@@ -230,7 +234,7 @@ def one_rank_has_nothing(kind, base):
 
 
 def nothing_for_each_kind():
-    return [one_rank_has_nothing(kind, base) for base in (None, "adam") for kind in (*KINDS, "identity")]
+    return [one_rank_has_nothing(kind, base) for base in (None, "adam", "soap") for kind in (*KINDS, "identity")]
 
 
 def test_a_rank_may_have_nothing_of_a_group():
@@ -261,15 +265,20 @@ def mixtures():
         twin.step(), sharded.step(), sharded_twin.step()
     twin.assert_same(optimizer)
     sharded_twin.assert_same(sharded)
-    for group in ([plain, rows], [replicated, rows]):
-        with pytest.raises(ValueError, match="make one group for each"):
-            lodo.LODO(group)
-    optimizer = lodo.LODO([plain], base="soap")
-    for refused in (lambda: lodo.LODO([rows], base="soap"), lambda: optimizer.add_param_group({"params": [rows]})):
-        with pytest.raises(ValueError, match="base must be None or 'adam' for sharded parameters"):
-            refused()
-    assert len(optimizer.param_groups) == 1
-    lodo.LODO([replicated], base="soap")
+    for group in ([plain, rows], [replicated, rows], [("a", replicated), ("b", rows)]):
+        groups = lodo.LODO([{"params": group, "lr": 0.5}]).param_groups
+        assert [each["params"][0] is rows for each in groups] == [False, True]
+        assert [each["lr"] for each in groups] == [0.5, 0.5]
+    assert [each["param_names"] for each in groups] == [["a"], ["b"]]
+    optimizer = lodo.LODO([plain])
+    with pytest.raises(ValueError, match="more than one"):
+        optimizer.add_param_group({"params": [rows, plain]})
+    assert [each["params"] for each in optimizer.param_groups] == [[plain]]
+    optimizer.param_groups[0]["params"].append(rows)
+    plain.grad = rows.grad = None
+    rows.grad = rows.detach().sin()
+    with pytest.raises(ValueError, match="make one group for each"):
+        optimizer.step()
     with pytest.raises(ValueError, match="pending sums"):
         lodo.LODO([nn.Parameter(DTensor.from_local(x, mesh, [Partial()]))])
     with pytest.raises(ValueError, match=r"one of .block_permutation., .* for sharded parameters, got BlockPerm"):
@@ -400,8 +409,6 @@ def two_dimensions():
     for twin in twins:
         twin.assert_same(optimizer)
     sizes = [[local(p).numel() for p in group["params"]] for group in optimizer.param_groups]
-    with pytest.raises(ValueError, match="make one group for each"):
-        lodo.LODO(model.parameters())
     replicated = [local(p) for p in (model[2].bias, model[3].weight, model[3].bias)]
     return sizes, model.share.start, replicated
 

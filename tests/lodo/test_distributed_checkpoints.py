@@ -28,13 +28,17 @@ from tests.helpers.distributed_runs import (
     PARTS,
     assert_same,
     assert_same_shards,
+    auto_run,
     bfloat16_run,
     ddp_run,
+    deeper_network,
     everything,
     from_docs,
     frozen_run,
     fsdp_run,
+    hsdp_auto_run,
     hsdp_run,
+    late_adam_run,
     late_run,
     local,
     local_or_same,
@@ -44,6 +48,7 @@ from tests.helpers.distributed_runs import (
     parts_run,
     plain_run,
     train,
+    two_dimensional_auto_run,
     two_dimensional_run,
     whole,
 )
@@ -121,10 +126,19 @@ def resumed_in_all_ways(folder, cases):
                 (bfloat16_run, ("sharded",)),
                 (parts_run, ("sharded", "full")),
                 (late_run, ("sharded", "flat", "offloaded", "gathered", "full", "broadcast")),
+                (late_adam_run, ("sharded", "full")),
                 (frozen_run, ("sharded", "offloaded", "trained only", "gathered")),
             ),
         ),
-        (4, ((hsdp_run, ("sharded", "full")), (two_dimensional_run, ("sharded", "flat", "full", "broadcast")))),
+        (
+            4,
+            (
+                (hsdp_run, ("sharded", "full")),
+                (hsdp_auto_run, ("sharded", "full")),
+                (two_dimensional_run, ("sharded", "flat", "full", "broadcast")),
+                (two_dimensional_auto_run, ("sharded", "flat", "full", "broadcast")),
+            ),
+        ),
     ],
     ids=["2 ranks", "4 ranks"],
 )
@@ -156,7 +170,7 @@ def resumed_after_a_nan(folder, makers):
 
 
 def test_a_nan_in_one_shard_does_not_keep_a_checkpoint_from_going_on_bit_for_bit(tmp_path):
-    run(2, resumed_after_a_nan, tmp_path, (fsdp_run, parts_run, late_run, one_group_run))
+    run(2, resumed_after_a_nan, tmp_path, (fsdp_run, parts_run, late_run, late_adam_run, one_group_run))
 
 
 def momenta(model, optimizer):
@@ -250,6 +264,69 @@ def test_another_number_of_shards_renews_all_where_there_is_a_base(tmp_path, wor
             assert_same(found, (parameters, {name: torch.zeros_like(value) for name, value in momentum.items()}))
 
 
+def unsharded_auto_run():
+    model = network(torch.float32)
+    return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
+
+
+def unsharded_deeper_run():
+    model = deeper_network()
+    return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
+
+
+def averages(model, optimizer):
+    """The averages themselves, and how many iterates they are of."""
+    entries = [optimizer.state[p] for p in model.parameters()]
+    return [whole(entry["average"]) for entry in entries], [int(entry["averaged"]) for entry in entries]
+
+
+def saved_averages(folder, make):
+    model, optimizer = make()
+    train(model, optimizer, 0, 8, own_share(model))
+    save(folder, model, optimizer)
+    save(folder, model, optimizer, full_state_dict=True, cpu_offload=True)
+    return averages(model, optimizer)
+
+
+def resharded_averages(folder, make, ways, expected):
+    for name in ways:
+        model, optimizer = make()
+        train(model, optimizer, 0, 2, own_share(model))
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load(folder, model, optimizer, planner, **WAYS[name])
+        assert_same(averages(model, optimizer), expected)
+        before, x = expected[0], [whole(p) for p in model.parameters()]
+        train(model, optimizer, 8, 9, own_share(model))
+        means = [mean.lerp(value, 1 / (1 + 0.5 * 8)) for mean, value in zip(before, x, strict=True)]
+        torch.testing.assert_close(averages(model, optimizer), (means, [9] * len(means)))
+        saved = optimizer.state_dict()
+        marked = {**saved["state"][0], "shards": torch.tensor([7])}
+        for key, value, message in (
+            ("averaged", torch.tensor(-1), "averaged must hold"),
+            ("average", torch.zeros(2), "average has shape"),
+        ):
+            entries = {**saved["state"], 0: {**marked, key: value}}
+            assert re.search(message, refusal(optimizer, {**saved, "state": entries}))
+
+
+@pytest.mark.parametrize(
+    ("worlds", "makers", "ways"),
+    [
+        ((4, 2), (auto_run, auto_run), SHARDED + FULL),
+        ((1, 2), (unsharded_auto_run, auto_run), (*SHARDED, "broadcast")),
+        ((2, 1), (auto_run, unsharded_auto_run), SHARDED + FULL),
+        ((4, 1), (two_dimensional_auto_run, unsharded_deeper_run), SHARDED + FULL),
+        ((1, 4), (unsharded_deeper_run, two_dimensional_auto_run), (*SHARDED, "broadcast")),
+    ],
+    ids=["4 to 2", "1 to 2", "2 to 1", "2 x 2 to 1", "1 to 2 x 2"],
+)
+def test_averages_go_on_with_another_number_of_shards(tmp_path, worlds, makers, ways):
+    expected, *_ = run(worlds[0], saved_averages, tmp_path, makers[0])
+    run(worlds[1], resharded_averages, tmp_path, makers[1], ways, expected)
+
+
 def spoilt(value, slot):
     """What may have become of a sharded entry of a saved state, each with what is said of it, on all ranks."""
     yield "missing", None
@@ -298,7 +375,7 @@ def misfits(cases):
         for key, entry in saved["state"].items():
             for name, value in entry.items():
                 slot = slots.get(name.removesuffix("_in_2_shards"))
-                if local(value).numel() == 0 or name in ("shards", "step"):  # which nothing hangs on here
+                if local(value).numel() == 0 or name in ("shards", "step", "averaged"):  # read by nothing here
                     continue
                 for message, other in spoilt(value, slot):
                     changed = {**entry, name: other}
@@ -317,7 +394,7 @@ def misfits(cases):
 
 def test_a_state_that_does_not_fit_the_shards_is_refused():
     """Each single key of each parameter's entry."""
-    run(2, misfits, (fsdp_run, parts_run, one_group_run))
+    run(2, misfits, (fsdp_run, parts_run, auto_run, one_group_run))
 
 
 class HeldWriter(dcp.FileSystemWriter):
@@ -405,9 +482,9 @@ def test_a_safetensors_file_has_names_of_the_model_and_is_checked(tmp_path):
         rest = json.loads(file.metadata()["lodo"])
     tensors = files.load_file(tmp_path / "saved")
     names = ("theta", "permutations", "theta_exp_avg", "theta_exp_avg_sq", "meta_step", "network_step", "last_lr")
-    expected = {f"state.0.weight.{name}" for name in (*names, "shards")}
+    expected = {f"state.0.weight.{name}" for name in names}
     for name, _ in model.named_parameters():
-        expected |= {f"state.{name}.{own}" for own in ("step", "skipped_steps", "momentum")}
+        expected |= {f"state.{name}.{own}" for own in ("step", "skipped_steps", "shards", "momentum")}
     assert expected == tensors.keys()
     assert rest["param_groups"][0]["params"] == [name for name, _ in model.named_parameters()]
     assert not rest.get("numbers")
