@@ -33,22 +33,27 @@ class Sharded:
     """AutoLODO on so many ranks, each with its rows of every parameter: shards are views of the parameters."""
 
     def __init__(self, params: Sequence[Tensor], ranks: int) -> None:
-        self.params, self.shards, self.optimizers = params, [], []
-        chunks = [[p.detach()] if p.dim() == 0 else p.detach().chunk(ranks) for p in params]
+        self.params = params
+        self.shards: list[list[nn.Parameter]] = []
         for rank in range(ranks):
-            own = [(place, nn.Parameter(parts[rank])) for place, parts in enumerate(chunks) if rank < len(parts)]
-            if own:
-                self.shards.append([(place, rank, shard) for place, shard in own])
-                self.optimizers.append(lodo.AutoLODO([shard for _, shard in own]))
+            own = [nn.Parameter(shard_of(p.detach(), rank, ranks)) for p in params]
+            if any(shard.numel() for shard in own):
+                self.shards.append(own)
+        self.optimizers = [lodo.AutoLODO(own) for own in self.shards]
         self._ranks = ranks
 
     def step(self) -> None:
-        for shards, optimizer in zip(self.shards, self.optimizers, strict=True):
-            for place, rank, shard in shards:
-                gradient = self.params[place].grad
-                assert gradient is not None
-                shard.grad = gradient if gradient.dim() == 0 else gradient.chunk(self._ranks)[rank]
+        for rank, (shards, optimizer) in enumerate(zip(self.shards, self.optimizers, strict=True)):
+            for p, shard in zip(self.params, shards, strict=True):
+                assert p.grad is not None
+                shard.grad = shard_of(p.grad, rank, self._ranks)
             optimizer.step()
+
+
+def shard_of(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """The rows that a rank has, some of them none; a number is on the first rank."""
+    chunks = tensor.reshape(1).chunk(ranks) if tensor.dim() == 0 else tensor.chunk(ranks)
+    return chunks[rank] if rank < len(chunks) else chunks[0][:0]
 
 
 def run(task: Task, seed: int, variant: str, data_root: Path | None = None, steps: int | None = None) -> Record:
@@ -119,7 +124,7 @@ def report(records: Sequence[Record]) -> str:
             f"{len({record['seed'] for record in records})} seeds. AutoLODO with the rows of every parameter shared "
             "out among ranks, each of which has eigenbases, scales and momenta for its own shards: losses over those "
             'of one rank at the same seed, medians over the seeds. "4, then 2" goes on from a checkpoint on another '
-            "number of ranks half-way, where all but the parameters begins anew.",
+            "number of ranks half-way, where all but parameters and averages begins anew.",
             "",
             f"Parameters: {', '.join(f'{task} {size:,}' for task, size in sizes.items() if task in tasks)}.",
             "",

@@ -15,9 +15,9 @@ SKIPPED = (
     "first layer whose output is not finite, lower lr, or scale the loss down, as torch.amp.GradScaler does."
 )
 NEW_NETWORKS = (
-    "LODO loaded a state that was saved with another number of shards. Options, averages of the iterates and, without "
-    "a base, momentum go on; networks, eigenbases, scales and all else that belongs to shards does not fit any more "
-    "and starts anew."
+    "LODO loaded a state that was saved with another number of shards, or other ones. Options, averages of iterates "
+    "and, without a base, momentum go on; networks, eigenbases, scales and all else that belongs to shards does not "
+    "fit, and starts anew."
 )
 LOST_NETWORK = (
     "LODO loaded momentum without the network that it belongs to, which starts anew. Either none had been saved, or "

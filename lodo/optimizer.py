@@ -19,6 +19,7 @@ from lodo.options import (
     fixed_options,
     made_plain,
     refuse_others,
+    refuse_part,
     state_values,
 )
 from lodo.parts import PARTS
@@ -151,12 +152,10 @@ class LODO(Optimizer):
             self.defaults.update(preconditioner.options)
 
     def reset(self, group: int | None = None) -> None:
-        """Lets learning begin anew where the data have changed, and keeps what is known.
-
-        Scales, gains and the weights of the momenta, which learn ever more slowly in a long training, go back to their
-        start and learn at least as fast as there; averages of the iterates begin anew. What is known of the gradients
-        stays (momenta, second moments, eigenbases), and so do the counts of steps. The paper's method learns at a
-        constant rate, and is left as it is.
+        """Lets learning begin anew where the data have changed: scales, gains and the weights of the momenta, which
+        learn ever more slowly in a long training, go back to their start and learn at least as fast as there; averages
+        of the iterates begin anew. What is known of the gradients stays (momenta, second moments, eigenbases), and so
+        do the counts of steps. The paper's method learns at a constant rate, and is left as it is.
 
         Args:
             group: index of a param group; None for all.
@@ -164,34 +163,34 @@ class LODO(Optimizer):
         Raises:
             ValueError: if there is no such group.
         """
-        is_index = isinstance(group, int) and not isinstance(group, bool)
-        if group is not None and not (is_index and 0 <= group < len(self.param_groups)):
+        if group is not None and (type(group) is not int or not 0 <= group < len(self.param_groups)):
             raise ValueError(f"group must be None or 0 to {len(self.param_groups) - 1}, got {group!r}")
         for each in self.param_groups if group is None else [self.param_groups[group]]:
             if self._has_state(each):
                 self._group_state(each).reset_()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, during training too, with its own network. Its options default to the constructor's. One with
-        DTensors that are not all sharded over the same ranks becomes several.
+        """Adds a group, during training too, with its own network: several, if not all are sharded over the same ranks.
+        Options default to the constructor's.
 
         Raises:
             TypeError, ValueError: as the constructor; the optimizer is as before then.
         """
         before = len(self.param_groups)
         try:
-            for each in split_by_ranks(param_group):
-                self._add_param_group(each)
+            for each in (parts := split_by_ranks(param_group)):
+                self._add_param_group(each, is_part=len(parts) > 1)
         except Exception:
             del self.param_groups[before:]
             raise
 
-    def _add_param_group(self, param_group: dict[str, Any]) -> None:
+    def _add_param_group(self, param_group: dict[str, Any], is_part: bool) -> None:
         learned = None
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
             check_options(options)
             if isinstance(learned := options["preconditioner"], Preconditioner):
+                refuse_part(learned, is_part)
                 param_group = {**param_group, **learned.options}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -253,9 +252,7 @@ class LODO(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because of gradients with NaN or infinity, or by `max_step_norm` because they
-        overflowed (the largest count over the groups).
-
-        Reading it waits for the device.
+        overflowed (the largest count over the groups). Reading it waits for the device.
         """
         lives = [self._group_state(group) for group in self.param_groups if self._has_state(group)]
         return max((int(live.counts.skipped.tensor.max()) for live in lives), default=0)

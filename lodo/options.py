@@ -93,6 +93,19 @@ state_values = itemgetter(*(name for name, option in OPTIONS.items() if option.s
 """The values of those that state depends on."""
 
 
+def refuse_part(learned: Preconditioner, is_part: bool) -> None:
+    """Refuses a learned network for a param group that becomes several.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if is_part:
+        raise ValueError(
+            f"preconditioner must be one of {', '.join(map(repr, BY_NAME))} for parameters that are not all sharded "
+            f"over the same ranks, got {learned!r}"
+        )
+
+
 def refuse_others(name: str, others: Mapping[str, Any]) -> None:
     """Refuses arguments that the optimizer of this name does not have, unless they are HINTS that ask for nothing.
 

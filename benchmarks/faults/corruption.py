@@ -224,7 +224,7 @@ def wrong_layout(content: dict[str, Any], chance: random.Random) -> None:
     if kind < 3:
         network(content)["shards"] = (True, 1.0, "1")[kind]
     elif kind == 3:
-        network(content)["shards"] = torch.tensor([1, 1])
+        network(content)["shards"] = torch.tensor([1, 1, 1])
     elif kind == 4:
         optimizer["state"] = list(optimizer["state"].values())
     elif kind == 5:

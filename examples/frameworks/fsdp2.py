@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 -m examples.frameworks.fsdp2 [FOLDER]
 
+FOLDER is for checkpoints; of several machines it must be one that all see. Without it a temporary one is made.
 Nothing of it is LODO's but one line: each rank has eigenbases, scales and momenta for its own shards, and nothing is
 communicated for them. What `torchtitan` and loops like it do with AdamW looks like this.
 """
@@ -96,10 +97,10 @@ def run(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)  # type: ignore[arg-type]
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)  # type: ignore[arg-type]
     shared = [sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()]
     dist.broadcast_object_list(shared)
     found = run(Path(shared[0]))

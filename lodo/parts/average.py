@@ -31,7 +31,7 @@ from lodo.scalars import wide
 
 SAMPLES = 512
 
-ITERATE = Slot("iterate", may_be_infinite=True)
+ITERATE = Slot("iterate", may_be_infinite=True, outlives_shards=True)
 """The parameters themselves, while the averages stand in their place (`lodo.state.averages`)."""
 
 

@@ -19,7 +19,7 @@ from lodo.declarations import Dtype, Kind, Role, Slot
 from lodo.options import OPTIONS, check_options
 from lodo.parts import parts_of
 from lodo.state.layout import MARKS, Entry, State, StateLayout, slots_of
-from lodo.state.sharding import check_saved_like, local, rank_of_fsdp1
+from lodo.state.sharding import check_saved_like, local, rank_of_fsdp1, signature
 
 COMPUTED = (torch.float32, torch.float64)
 DTYPES: dict[Dtype, tuple[torch.dtype, ...]] = {
@@ -82,12 +82,13 @@ def prepare_state_dict(
         GroupCheck(where, entries, described, required, reads_numbers=False).run()
         has_new |= is_misfit
         has_lost |= not is_misfit and _has_lost_network(entries, group)
+        layout = StateLayout(group["params"], described, entries)
         for key, entry in zip(keys, entries, strict=True):
             if is_misfit and "momentum" in entry:
                 momentum = entry["momentum"]
                 if any(part.changes_gradients for part in parts_of(group)):  # in coordinates and units that are lost
                     momentum = torch.zeros_like(momentum)
-                found[key] = {"momentum": momentum, **StateLayout(group["params"], group).outlived(entry)}
+                found[key] = {"momentum": momentum, **layout.outlived(entry)}
     ids = {key for saved in saved_groups for key in saved["params"]}
     return Prepared(wrap(found, ids), has_new, has_lost)
 
@@ -242,7 +243,7 @@ class GroupCheck:
         self.layout = StateLayout(self.params, group, entries)
 
     def run(self) -> bool:
-        """Whether the state is of another number of shards, of which little can go on.
+        """Whether the state is of other shards, of which little can go on.
 
         Raises:
             ValueError: naming the group, what was saved and what this optimizer expects, if the state is not LODO's, or
@@ -275,11 +276,11 @@ class GroupCheck:
                 )
 
     def _is_misfit(self) -> bool:
-        own = 1 if self.layout.sharding is None else self.layout.sharding.shards
+        own = signature(self.params)
         for entry in self.entries:
             if "shards" in entry:
-                check_tensor(f"{self.where}: shards", entry["shards"], (1,), (torch.int64,))
-        return any(int(entry["shards"]) != own for entry in self.entries if "shards" in entry)
+                check_tensor(f"{self.where}: shards", entry["shards"], (2,), (torch.int64,))
+        return any(tuple(entry["shards"].tolist()) != own for entry in self.entries if "shards" in entry)
 
     def _check_slot(self, slot: Slot, entry: Entry, place: int, what: str) -> None:
         key, layout = self.layout.key(slot), self.layout

@@ -16,7 +16,7 @@ from lodo.scalars import Number, energy, is_tensor, stacked
 from lodo.state.counts import Counts
 from lodo.state.flat import FlatParameters
 from lodo.state.layout import Entry, State, StateLayout, allocate, carrier, dtype_of, views
-from lodo.state.sharding import is_dtensor, local, rank_of_fsdp1
+from lodo.state.sharding import is_dtensor, local, rank_of_fsdp1, signature
 from lodo.update import Plain, update_for
 
 OTHER_GROUPS = """the state of a param group is that of several groups, whose networks act on other parameters; \
@@ -215,12 +215,12 @@ class GroupState:
         if former is not None and former is not entry:
             for name in map(self.layout.key, slots.values()):
                 former.pop(name, None)
-        shards = 1 if self.layout.sharding is None else self.layout.sharding.shards
+        shards = signature(params)
         for p in params:
             state[p].pop("fsdp1_rank", None)
             # With each of them: they may be in other groups where this is loaded. A one-dimensional tensor: torch
             # cannot load a number that is not in the state it loads into.
-            state[p]["shards"] = torch.tensor([shards], device=self.flat.device)
+            state[p]["shards"] = torch.tensor(shards, device=self.flat.device)
         own = self._network_tensors()
         shown = {self.layout.key(slots[name]): self.layout.shown(slots[name], own[name]) for name in own}
         entry.update(shown)

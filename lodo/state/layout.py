@@ -1,11 +1,10 @@
 """How state lies in `optimizer.state`: per parameter, under the names of the slots (`lodo.declarations`).
 
 What belongs to a parameter hangs on that parameter: its own count "step", "momentum", whatever the parts keep, and
-"shards", the number of shards of the parameters of its group. What
-is of one size with it is a view of one vector of the whole group, as kernels want it. Only a network that acts on the
-group as a whole ("theta", its inner Adam's "theta_exp_avg" and "theta_exp_avg_sq", "meta_step", "last_lr") hangs on one
-parameter, the first that requires gradients (what there is for others is lost when torch.distributed.checkpoint loads
-it).
+"shards", which its group has (`lodo.state.sharding.signature`). What is of one size with it is a view of one vector of
+the whole group, as kernels want it. Only a network that acts on the group as a whole ("theta", its inner Adam's
+"theta_exp_avg" and "theta_exp_avg_sq", "meta_step", "last_lr") hangs on one parameter, the first that requires
+gradients (what there is for others is lost when torch.distributed.checkpoint loads it).
 
 On several ranks: what is shaped like a parameter that is a DTensor is a DTensor like it. The rest is of this rank's
 shard alone, and lies there under keys such as "theta_in_4_shards", as DTensors that are made of the ranks' own tensors
@@ -94,6 +93,7 @@ class StateLayout:
         self.sharding = Sharding.of(params)
         self.shapes = [local(p).shape for p in params]
         self.size = sum(shape.numel() for shape in self.shapes)
+        self._rooms: dict[str, list[int]] = {}
 
     @cached_property
     def _on_ranks(self) -> list[list[torch.Size]]:
@@ -107,8 +107,7 @@ class StateLayout:
         return self.sharding.key(slot.name)
 
     def has_taken_steps(self, entry: Entry) -> bool:
-        """Whether the state of a parameter is whole: without a count there is at most the momentum of another number
-        of shards."""
+        """Whether the state of a parameter is whole: without a count there is at most what goes on of other shards."""
         return self.key(STEP) in entry
 
     def shape(self, slot: Slot, place: int = 0) -> tuple[int, ...]:
@@ -118,7 +117,9 @@ class StateLayout:
         if slot.kind is Kind.TABLE:
             return slot.shape
         if slot.kind is Kind.PACKED:
-            return (slot.room(self._on_ranks)[place],)
+            if slot.name not in self._rooms:
+                self._rooms[slot.name] = slot.room(self._on_ranks)
+            return (self._rooms[slot.name][place],)
         return self._network_shape(slot, self.size)
 
     def _network_shape(self, slot: Slot, size: int) -> tuple[int, ...]:

@@ -1,17 +1,20 @@
-"""Parameters that are DTensors, as FSDP2 and HSDP make them: a rank has a network for its own shards, and nothing is
-communicated. And those of FSDP1, which are the same to LODO but look like any other tensor.
+"""Parameters that are DTensors, as FSDP2 and HSDP make them: a rank has a network, or eigenbases, scales and momenta,
+for its own shards, and nothing is communicated. And those of FSDP1, which are the same to LODO but look like any other
+tensor.
 
 Every rank of the mesh works on the local tensors of its parameters. Its network, and whatever else it keeps for a
 group, is shown in `optimizer.state` as a one-dimensional DTensor that is sharded like the parameters: a rank's part is
-its own tensor, flattened and padded with zeros to the size that the rank with most parameters needs. So torch's
+its own tensor, flattened and padded with zeros to the size that the rank which needs most numbers has. So torch's
 distributed checkpoints save and gather every rank's, and replicas (of HSDP) count as such.
 """
 
 import itertools
 import math
 import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -100,6 +103,7 @@ def check_sharding(params: Sequence[Tensor]) -> None:
                 f"the shards of a parameter must be on the device of its mesh, {p.device_mesh.device_type!r}, got "
                 f"{local(p).device.type!r}; LODO does not support FSDP's offloading"
             )
+        _check_chunks(p)
     spreads = [(is_fsdp1(p), _spread(p)) for p in params]
     if any(spread != spreads[0] for spread in spreads):
         found = sorted({_kind(p) for p in params})
@@ -107,6 +111,19 @@ def check_sharding(params: Sequence[Tensor]) -> None:
             "the parameters of one group must be sharded over the same ranks, or the network of each rank would move a "
             f"replicated one differently; got {', '.join(found)}; make one group for each"
         )
+
+
+def signature(params: Sequence[Tensor]) -> tuple[int, int]:
+    """How many shards there are of a group, and a checksum of which, 0 on one rank or without DTensors. State goes on
+    bit for bit where both are the same."""
+    dtensors: list[DTensor] = [p for p in params if is_dtensor(p)]
+    if not any(p.device_mesh.size() > 1 for p in dtensors):
+        return 1, 0
+    sharding, spread = Sharding.of(params), _spread(params[0])
+    sizes = () if spread is None else tuple(spread[0].size(i) for i in spread[1])
+    placed = [[(at.dim, getattr(at, "split_factor", 1)) for at in p.placements if hasattr(at, "dim")] for p in dtensors]
+    found = sizes, placed, [tuple(p.shape) for p in params]
+    return 1 if sharding is None else sharding.shards, zlib.crc32(repr(found).encode())
 
 
 def split_by_ranks(param_group: Any) -> list[Any]:
@@ -141,6 +158,19 @@ def _spread(p: Tensor) -> "tuple[DeviceMesh, tuple[int, ...]] | None":
     mesh = p.device_mesh
     dims = tuple(i for i, at in enumerate(p.placements) if not at.is_replicate() and mesh.size(i) > 1)
     return (mesh, dims) if dims else None
+
+
+def _check_chunks(p: Tensor) -> None:
+    """Refuses shards of other sizes than all ranks take for granted."""
+    place = p.device_mesh.get_coordinate() if is_dtensor(p) else None
+    if not is_dtensor(p) or place is None:
+        return
+    own = _shape_on(p.shape, p.placements, p.device_mesh, place)
+    if local(p).shape != own:
+        raise ValueError(
+            f"the shards of a parameter must be those of torch.chunk, here of shape {tuple(own)}, got "
+            f"{tuple(local(p).shape)} of {tuple(p.shape)} with placements {p.placements}"
+        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +239,7 @@ class Sharding:
         if value.shape != (size,):
             raise ValueError(
                 f"{what} has shape {tuple(value.shape)} in the saved state, this optimizer expects {(size,)} (set by "
-                "the preconditioner's options)"
+                "the preconditioner's options and by the shards)"
             )
 
 
@@ -220,21 +250,31 @@ def shapes_on_ranks(params: Sequence[Tensor]) -> list[list[torch.Size]]:
         params: of one group, with a `Sharding`.
     """
     mesh, dims = _spread(params[0])  # type: ignore[misc]
-    ranks = itertools.product(*(range(mesh.size(i)) if i in dims else [0] for i in range(mesh.ndim)))
-    found = {tuple(_shape_on(p, coordinates) for p in params): None for coordinates in ranks}
+    return _shapes_on_ranks(mesh, dims, tuple((p.shape, p.placements) for p in params if is_dtensor(p)))
+
+
+@lru_cache(maxsize=64)
+def _shapes_on_ranks(
+    mesh: "DeviceMesh", dims: tuple[int, ...], spreads: "tuple[tuple[torch.Size, tuple[Placement, ...]], ...]"
+) -> list[list[torch.Size]]:
+    ranks = list(itertools.product(*(range(mesh.size(i)) if i in dims else [0] for i in range(mesh.ndim))))
+    columns = {spread: [_shape_on(*spread, mesh, at) for at in ranks] for spread in set(spreads)}
+    found = dict.fromkeys(zip(*(columns[spread] for spread in spreads), strict=True))
     return [list(shapes) for shapes in found]
 
 
-def _shape_on(p: Tensor, coordinates: Sequence[int]) -> torch.Size:
-    """The shape of the shard of a parameter that the rank with these coordinates in the mesh has."""
-    assert is_dtensor(p)
-    shape = list(p.shape)
-    splits = [(i, at) for i, at in enumerate(p.placements) if not at.is_replicate()]
+def _shape_on(
+    whole: torch.Size, placements: "Sequence[Placement]", mesh: "DeviceMesh", coordinates: Sequence[int]
+) -> torch.Size:
+    """The shape of the shard of a parameter that the rank with these coordinates in the mesh has, as `torch.chunk`
+    makes them."""
+    shape = list(whole)
+    splits = [(i, at) for i, at in enumerate(placements) if not at.is_replicate()]
     # Tensor parallelism under FSDP2: what the later dimensions of the mesh have left is split by the first.
     splits.sort(key=lambda split: hasattr(split[1], "split_factor"))
     for i, at in splits:
         dim: int = at.dim  # type: ignore[attr-defined]
-        most = -(-shape[dim] // p.device_mesh.size(i))
+        most = -(-shape[dim] // mesh.size(i))
         shape[dim] = min(most, max(0, shape[dim] - coordinates[i] * most))
     return torch.Size(shape)
 

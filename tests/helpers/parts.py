@@ -78,8 +78,8 @@ def state_of(optimizer, group=0):
     is_elementwise = optimizer.param_groups[group]["preconditioner"] in ("log_diagonal", "identity")
     for name in dict.fromkeys(name for entry in entries for name in entry):
         if name == "shards":
-            (found[name],) = {int(entry[name]) for entry in entries if name in entry}
-            found[name] = torch.tensor([found[name]])
+            (marks,) = {tuple(entry[name].tolist()) for entry in entries}
+            found[name] = torch.tensor(marks)
         elif name in OF_NETWORKS and not is_elementwise:
             (found[name],) = (entry[name].clone() for entry in entries if name in entry)
         elif name in PACKED:

@@ -14,11 +14,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lodo
 from lodo.declarations import Kind
 from lodo.state.layout import slots_of
+from lodo.state.sharding import shapes_on_ranks
 from tests.helpers.distributed_runs import (
     LEAN,
     OPTIONS,
@@ -114,8 +116,9 @@ class Twin:
         """Parameters and state agree in every bit. What is shaped like a parameter is spread as that is; the rest is
         this rank's alone, padded with zeros. Two counts are there as plain numbers too."""
         slots = {slot.name: slot for slot in slots_of(self.optimizer.param_groups[0])}
-        shards = [*{int(optimizer.state[p]["shards"]) for p in self.originals}]
-        assert len(shards) == 1
+        marks = {tuple(optimizer.state[p]["shards"].tolist()) for p in self.originals}
+        assert len(marks) == 1
+        shards = [count for count, _ in marks]
         for p, original in zip(self.params, self.originals, strict=True):
             assert torch.equal(p, local(original))
             if all(p.numel() == 0 for p in self.params):
@@ -274,6 +277,15 @@ def mixtures():
     with pytest.raises(ValueError, match="more than one"):
         optimizer.add_param_group({"params": [rows, plain]})
     assert [each["params"] for each in optimizer.param_groups] == [[plain]]
+    learned = lodo.BlockPermutation.start(15, lodo.LODO([plain]).defaults, torch.float32, torch.device("cpu"))
+    fitting = nn.Parameter(x.clone())
+    with pytest.raises(ValueError, match="not all sharded over the same ranks"):
+        optimizer.add_param_group({"params": [fitting, rows], "preconditioner": learned})
+    assert fitting not in optimizer.state
+    assert len(optimizer.param_groups) == 1
+    uneven = DTensor.from_local(torch.ones(2 + dist.get_rank(), 3), mesh, [Shard(0)], shape=(5, 3), stride=(3, 1))
+    with pytest.raises(ValueError, match=r"must be those of torch\.chunk"):
+        lodo.LODO([nn.Parameter(uneven)])
     optimizer.param_groups[0]["params"].append(rows)
     plain.grad = rows.grad = None
     rows.grad = rows.detach().sin()
@@ -419,6 +431,29 @@ def test_fsdp_with_tensor_parallelism_is_a_separate_optimizer_for_each_part():
     assert [sizes for sizes, _, _ in found] == [[[10, 2, 8], [2], [6, 2]]] * 2 + [[[10, 2, 4], [1], [3, 1]]] * 2
     for first, second in (found[:2], found[2:]):  # the ranks between which tensor parallelism replicates
         assert_same(first[2], second[2])
+
+
+def uneven_in_two_dimensions():
+    """7 rows over 2 ranks of tensor parallelism and then over 3 of FSDP2: 4 and 3, then 2, 2, 0 and 1, 1, 1."""
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer = lodo.AutoLODO(model.parameters())
+    for p in model.parameters():  # torch cannot run such a model forward
+        p.grad = DTensor.from_local(
+            local(p).cos(), p.device_mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False
+        )
+    optimizer.step()
+    return [list(shape) for (shape,) in shapes_on_ranks([model[0].weight])], list(local(model[0].weight).shape)
+
+
+def test_the_shapes_of_all_shards_are_known_on_each_rank():
+    found = run(6, uneven_in_two_dimensions)
+    everywhere = found[0][0]
+    assert all(shapes == everywhere for shapes, _ in found)
+    assert sorted(everywhere) == sorted(map(list, {tuple(own) for _, own in found}))
 
 
 def fsdp1_and_twin(use_orig_params):

@@ -1,6 +1,7 @@
 """Checkpoints of training on several ranks: torch.distributed.checkpoint and its options, files that are written while
 training goes on, safetensors."""
 
+import copy
 import json
 import re
 import threading
@@ -302,13 +303,55 @@ def resharded_averages(folder, make, ways, expected):
         means = [mean.lerp(value, 1 / (1 + 0.5 * 8)) for mean, value in zip(before, x, strict=True)]
         torch.testing.assert_close(averages(model, optimizer), (means, [9] * len(means)))
         saved = optimizer.state_dict()
-        marked = {**saved["state"][0], "shards": torch.tensor([7])}
+        marked = {**saved["state"][0], "shards": torch.tensor([7, 7])}
         for key, value, message in (
             ("averaged", torch.tensor(-1), "averaged must hold"),
             ("average", torch.zeros(2), "average has shape"),
         ):
             entries = {**saved["state"], 0: {**marked, key: value}}
             assert re.search(message, refusal(optimizer, {**saved, "state": entries}))
+
+
+def other_shards():
+    """A state of as many shards, but of other ones, as another way to shard leaves it."""
+    model, optimizer = auto_run()
+    train(model, optimizer, 0, 8)
+    saved, kept = optimizer.state_dict(), averages(model, optimizer)
+    for entry in saved["state"].values():
+        entry["shards"] = entry["shards"] + torch.tensor([0, 1])
+    other_model, other = auto_run()
+    with pytest.warns(UserWarning, match="or other ones"):
+        other.load_state_dict(saved)
+    assert_same(averages(other_model, other), kept)
+    for entry in other.state.values():
+        assert int(entry["step"]) == 0
+        assert not any(local(entry[name]).any() for name in ("momentum", "momenta", "exp_avg_sq", "seen"))
+
+
+def test_other_shards_of_the_same_number_begin_anew():
+    run(2, other_shards)
+
+
+def shown_averages():
+    """A state that was saved at the averages goes on from the iterates, on other shards too."""
+    model, optimizer = auto_run()
+    train(model, optimizer, 0, 8)
+    iterates = [local(p).clone() for p in model.parameters()]
+    optimizer.eval()
+    saved, points = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    for entry in saved["state"].values():
+        entry["shards"] = entry["shards"] + torch.tensor([0, 1])
+    other_model, other = auto_run()
+    other_model.load_state_dict(points)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.load_state_dict(saved)
+    other.train()
+    assert_same([local(p) for p in other_model.parameters()], iterates)
+
+
+def test_a_state_saved_at_the_averages_has_the_iterates_on_other_shards_too():
+    run(2, shown_averages)
 
 
 @pytest.mark.parametrize(
