@@ -115,13 +115,15 @@ def report(records: Sequence[Record]) -> str:
     tasks = tasks_of(records)
     others = [variant for variant in VARIANTS if variant != ONE]
     validated = [task for task in tasks if any(r[VALIDATION] for r in records if r["task"] == task)]
+    counts = {task: len({r["seed"] for r in records if r["task"] == task}) for task in tasks}
+    seeds = f"seeds: {', '.join(f'{task} {count}' for task, count in counts.items())}"
     sizes = {record["task"]: record["size"] for record in records}
     return "\n".join(
         [
             "# Eigenbases of shards",
             "",
             f"`python -m benchmarks.shards --data-root MNIST`, {made_of(records)}, "
-            f"{len({record['seed'] for record in records})} seeds. AutoLODO with the rows of every parameter shared "
+            f"{seeds}. AutoLODO with the rows of every parameter shared "
             "out among ranks, each of which has eigenbases, scales and momenta for its own shards: losses over those "
             'of one rank at the same seed, medians over the seeds. "4, then 2" goes on from a checkpoint on another '
             "number of ranks half-way, where all but parameters and averages begins anew.",
