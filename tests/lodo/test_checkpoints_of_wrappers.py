@@ -260,7 +260,7 @@ def test_the_network_moves_on_when_the_parameter_that_it_lies_with_is_frozen():
     train(model, optimizer, 4, 8)
     other.register_step_pre_hook(lambda *_: setattr(other_model[0].weight, "grad", None))
     train(other_model, other, 4, 8)
-    assert optimizer.state[model[0].weight].keys() == {"step", "skipped_steps", "momentum", "note"}
+    assert optimizer.state[model[0].weight].keys() == {"step", "skipped_steps", "shards", "momentum", "note"}
     assert optimizer.state[model[0].bias]["meta_step"] == optimizer.state[model[0].bias]["step"] == 8
     assert torch.equal(optimizer.preconditioners[0].theta, other.preconditioners[0].theta)
     assert_same(dict(model.named_parameters()), dict(other_model.named_parameters()))
