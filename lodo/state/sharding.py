@@ -137,12 +137,10 @@ def split_by_ranks(param_group: Any) -> list[Any]:
     params = param_group.get("params") if isinstance(param_group, dict) else None
     if not isinstance(params, Iterable) or isinstance(params, Tensor | set):
         return [param_group]
-    params = list(params)
-    tensors = [each[1] if isinstance(each, tuple) else each for each in params]
     found: dict[Any, list[Any]] = {}
-    for each, tensor in zip(params, tensors, strict=True):
-        found.setdefault(_spread(tensor) if any(map(is_dtensor, tensors)) else None, []).append(each)
-    return [{**param_group, "params": own} for own in found.values() or [params]]
+    for each in params:
+        found.setdefault(_spread(each[1] if isinstance(each, tuple) else each), []).append(each)
+    return [{**param_group, "params": own} for own in found.values() or [[]]]
 
 
 def _kind(p: Tensor) -> str:
