@@ -36,8 +36,8 @@ class AutoLODO(LODO):
         momentum_decays: of the momenta.
         mix_lr: learning rate of the momenta's weights; at step t at most 5 / t.
         average_share: None, or the share of the steps over which an average of the iterates is kept: .1, say.
-        meta_every, meta_state_dtype, momentum_dtype, max_step_norm, max_condition, maximize, capturable: as for
-            `lodo.LODO`. capturable=True wants base="adam".
+        meta_every, meta_state_dtype, momentum_dtype, max_step_norm, max_condition, maximize, capturable, sharding: as
+            for `lodo.LODO`. capturable=True wants base="adam".
         others: as for `lodo.LODO`.
 
     Raises:
@@ -66,6 +66,7 @@ class AutoLODO(LODO):
         max_condition: float | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        sharding: str = "local",
         **others: Any,
     ) -> None:
         super().__init__(
@@ -89,6 +90,7 @@ class AutoLODO(LODO):
             max_condition=max_condition,
             maximize=maximize,
             capturable=capturable,
+            sharding=sharding,
             **_options_of_parts(type(self).__name__, others),
         )
 

@@ -29,7 +29,8 @@ from lodo.state import averages
 from lodo.state.checks import prepare_state_dict, unwrap
 from lodo.state.flat import check_parameters, has_gradients, is_flattened
 from lodo.state.group_state import GroupState, has_state
-from lodo.state.layout import slots_of
+from lodo.state.layout import State, contiguous, slots_of
+from lodo.state.owners import Owners, Taken, are_owned
 from lodo.state.sharding import split_by_ranks
 from lodo.step import check_gradients, take_step_
 
@@ -87,6 +88,8 @@ class LODO(Optimizer):
         maximize: ascend instead of descend.
         capturable: allow `step` to be captured in a CUDA graph, after at least one step outside; see `step`.
         seed: of the initial network; gives the same numbers on every device.
+        sharding: of parameters that are DTensors: "local", each rank learns of its own shards, or "whole", each tensor
+            has an owner that steps on all of it, as one process would (not for the paper's networks).
         others: options of parts that have been added to `lodo.parts.PARTS`; and arguments of other optimizers that ask
             for nothing, as factories pass them to all: `foreach`, `fused`, `differentiable` and `amsgrad` that are None
             or False.
@@ -132,6 +135,7 @@ class LODO(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         seed: int = 0,
+        sharding: str = "local",
         **others: Any,
     ) -> None:
         given = dict(locals())
@@ -140,6 +144,7 @@ class LODO(Optimizer):
         check_options(defaults)
         made_plain(defaults)
         self._live: dict[Tensor, GroupState] = {}
+        self._owners: dict[Tensor, Owners] = {}
         self._checked: dict[Tensor, tuple[Any, ...]] = {}
         self._fixed: dict[Tensor, dict[str, Any]] = {}  # the options of groups with state that may not change
         self._next_warning = 1  # so many skipped steps
@@ -178,7 +183,7 @@ class LODO(Optimizer):
         """
         before = len(self.param_groups)
         try:
-            for each in (parts := split_by_ranks(param_group)):
+            for each in (parts := split_by_ranks(param_group, self.defaults["sharding"])):
                 self._add_param_group(each, is_part=len(parts) > 1)
         except Exception:
             del self.param_groups[before:]
@@ -196,12 +201,17 @@ class LODO(Optimizer):
         group = self.param_groups[-1]
         group["params"] = list(dict.fromkeys(group["params"]))  # torch only warns of one that is given twice
         made_plain(group)
-        check_parameters(group["params"])
+        check_parameters(group["params"], group["sharding"] == "whole")
         for part in PARTS:
             if part.is_used(group):
                 part.check(group, is_flattened(group["params"]))
         if isinstance(learned, Preconditioner):
             self._keep(group, GroupState(group, self.state, learned))
+
+    @property
+    def is_at_averages(self) -> bool:
+        """Whether `eval` has put the parameters at their averages."""
+        return any(averages.are_shown(*self._own(group)) for group in self.param_groups)
 
     @property
     def preconditioners(self) -> list[Operator | None]:
@@ -219,16 +229,21 @@ class LODO(Optimizer):
         or without averages, it does nothing: tools that know such methods, as Hugging Face's Trainer does, may call it.
         """
         asked = [group for group in self.param_groups if group["average_share"] is not None and self._has_state(group)]
-        hidden = [group for group in asked if not averages.are_shown(group["params"], self.state)]
-        averages.show_([(self._group_state(group), group["params"]) for group in hidden], self.state)
+        hidden = [group for group in asked if not averages.are_shown(*self._own(group))]
+        self._gather(hidden, with_gradients=False)
+        averages.show_([(self._group_state(group), *self._own(group)) for group in hidden])
+        self._scatter(hidden)
+        self._mark(hidden)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def train(self) -> None:
         """Puts the parameters back, bit for bit, after `eval`, whatever was written into them since."""
-        for group in self.param_groups:
-            if averages.are_shown(group["params"], self.state):
-                averages.hide_(self._group_state(group), group["params"], self.state)
+        shown = [group for group in self.param_groups if averages.are_shown(*self._own(group))]
+        for group in shown:
+            averages.hide_(self._group_state(group), *self._own(group))
+        self._scatter(shown)
+        self._mark(shown)
 
     def averaged(
         self, model: nn.Module | None = None, batches: Iterable[Any] | None = None
@@ -283,7 +298,9 @@ class LODO(Optimizer):
         On several ranks the figures of sharded groups are of this rank's shard.
         """
         return [
-            diagnostics.figures(group, self._group_state(group), probes, iterations) if self._has_state(group) else {}
+            diagnostics.figures(self._own(group)[0], self._group_state(group), probes, iterations)
+            if self._has_state(group)
+            else {}
             for group in self.param_groups
         ]
 
@@ -317,33 +334,35 @@ class LODO(Optimizer):
         must_wait = self._is_broken_off and not self._is_reloaded()
         if must_wait and any(group["lr"] != 0 for group in self.param_groups):
             raise RuntimeError(BROKEN_OFF)
-        averages.refuse_shown(self.param_groups, self.state)
+        averages.refuse_shown(map(self._own, self.param_groups))
         is_captured = self._is_captured()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [group for group in self.param_groups if has_gradients(group["params"])]
+        groups = self._with_gradients()
         for group in groups:
             self._check_changes(group)
         lives = [self._group_state(group) for group in groups]
-        for group, live in zip(groups, lives, strict=True):
+        works = [self._own(group)[0] for group in groups]
+        for group, live in zip(works, lives, strict=True):
             live.flat.gather(live.flat.gradients(group["params"]), live.gradient_views)
             if group["maximize"]:
                 live.gradient.neg_()
             live.counts.lr.set(group["lr"])
-        verdicts = check_gradients(groups, lives)
+        verdicts = check_gradients(works, lives)
         if must_wait:
             return loss  # lr = 0: distributed checkpointing makes the state that it will load into
         # Up to here nothing has changed. A capture only records, so that one which fails changes nothing either.
         self._is_broken_off = not is_captured
         try:
-            for group, live, (is_sound, is_idle) in zip(groups, lives, verdicts, strict=True):
+            for group, live, (is_sound, is_idle) in zip(works, lives, verdicts, strict=True):
                 if is_tensor(is_sound) or not is_sound:
                     live.counts.skipped.add(is_sound == 0)
                 active = is_sound > is_idle
                 if is_tensor(active) or active:
                     take_step_(live, live.begin(group, active), group["params"])
+            self._scatter(groups)
         except BaseException as error:
             if self._is_broken_off:
                 error.add_note(BROKEN_OFF)
@@ -353,6 +372,49 @@ class LODO(Optimizer):
             if not is_captured and (is_tensor(is_sound) or not is_sound or group["max_step_norm"] is not None):
                 self._warn_of_skips(live)
         return loss
+
+    # ---- whole tensors on several ranks ---------------------------------------------------------------------------
+
+    def _own(self, group: dict[str, Any]) -> tuple[dict[str, Any], State]:
+        """A group as this rank works on it, and its state: the whole tensors that are this rank's, if they have
+        owners."""
+        owners = self._owners_of(group)
+        return (group, self.state) if owners is None else owners.work(group, self.state)
+
+    def _owners_of(self, group: dict[str, Any]) -> Owners | None:
+        if not are_owned(group):
+            return None
+        owners = self._owners.get(group["params"][0])
+        if owners is None or not owners.fits(group["params"]):
+            owners = self._owners[group["params"][0]] = Owners(group["params"])
+        return owners
+
+    def _gather(self, groups: Sequence[dict[str, Any]], with_gradients: bool = True) -> None:
+        """Brings parameters and gradients to their owners."""
+        found = [owners for group in groups if (owners := self._owners_of(group)) is not None]
+        for finish in [owners.gather(with_gradients) for owners in found]:
+            finish()
+
+    def _scatter(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Brings the parameters back from their owners."""
+        found = [owners for group in groups if (owners := self._owners_of(group)) is not None]
+        for finish in [owners.scatter() for owners in found]:
+            finish()
+
+    def _mark(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Tells in the state what other ranks have."""
+        for group in groups:
+            if (owners := self._owners_of(group)) is not None:
+                owners.mark_(self.state)
+
+    def _with_gradients(self) -> list[dict[str, Any]]:
+        """The groups in which any parameter has a gradient, of those that have owners on any rank."""
+        checked = [(group, has_gradients(group["params"])) for group in self.param_groups]
+        self._gather(self.param_groups)
+        found = [(group, has, self._owners_of(group)) for group, has in checked]
+        return [group for group, has, owners in found if (has if owners is None else owners.has_gradients)]
+
+    # ---- live states ----------------------------------------------------------------------------------------------
 
     def _is_reloaded(self) -> bool:
         """Whether all state was exchanged since the last step, as ZeroRedundancyOptimizer does past
@@ -405,7 +467,14 @@ class LODO(Optimizer):
             for group in self.param_groups:
                 if self._has_state(group):
                     self._group_state(group)  # starts what is missing, so that a state that lacks it has lost it
-        return super().state_dict()
+        saved = super().state_dict()
+        saved["state"] = {key: contiguous(entry) for key, entry in saved["state"].items()}
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            owners = self._owners_of(group)
+            if owners is not None and self._has_state(group):
+                shown = owners.shown(self._group_state(group), self._own(group)[1])
+                saved["state"].update(zip(packed["params"], shown, strict=True))
+        return saved
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -439,6 +508,7 @@ class LODO(Optimizer):
         super().__setstate__(saved)
         self._is_broken_off = saved.get("_is_broken_off", False)
         self._live, self._checked, self._fixed = {}, {}, {}  # the first is rebuilt when it is next needed
+        self._owners = getattr(self, "_owners", {})
         self._next_warning = 1
         for group in self.param_groups:
             for name, option in OPTIONS.items():
@@ -447,6 +517,8 @@ class LODO(Optimizer):
                 self._fixed[group["params"][0]] = fixed_options(group)
 
     def _has_state(self, group: dict[str, Any]) -> bool:
+        if are_owned(group):
+            return any("shards" in self.state.get(p, ()) for p in group["params"])
         return has_state(group["params"], self.state)
 
     def _is_live(self, group: dict[str, Any]) -> bool:
@@ -455,7 +527,8 @@ class LODO(Optimizer):
         return live is not None and live.has_stepped and self._is_up_to_date(live, group)
 
     def _is_up_to_date(self, live: GroupState, group: dict[str, Any]) -> bool:
-        if not live.is_bound_to(self.state, group["params"]):
+        own, state = self._own(group)
+        if not live.is_bound_to(state, own["params"]):
             return False
         if all_values(live.options) == all_values(group):
             return True
@@ -479,22 +552,26 @@ class LODO(Optimizer):
     def _keep(self, group: dict[str, Any], live: GroupState | None) -> GroupState:
         first = group["params"][0]
         self._live.pop(first, None)  # what stands in `self.state` counts, should this break off half-way
-        live = GroupState(group, self.state) if live is None else live
+        if live is None:
+            self._mark([group])
+            live = GroupState(*self._own(group), together=self._owners_of(group))
+            self._mark([group])
         if live.has_lost_network:
             warn(LOST_NETWORK)
         self._live[first], self._fixed[first] = live, fixed_options(group)
         firsts = {each["params"][0] for each in self.param_groups if each["params"]}
         for gone in self._live.keys() - firsts:  # exchanged for other parameters
             del self._live[gone]
-            self._checked.pop(gone, None)
-            self._fixed.pop(gone, None)
+            for known in (self._checked, self._fixed, self._owners):
+                known.pop(gone, None)  # type: ignore[attr-defined]
         return live
 
 
 def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
-    prepared = prepare_state_dict(state_dict, optimizer.param_groups, optimizer.defaults)
+    loaded = Taken(state_dict, optimizer.param_groups, list(map(optimizer._owners_of, optimizer.param_groups)))
+    prepared = loaded.checked(lambda: prepare_state_dict(loaded.state_dict, loaded.groups, optimizer.defaults))
     if prepared is None:
         return None  # torch refuses this itself
     optimizer._has_new_networks, optimizer._has_momentum_alone = prepared.has_new_networks, prepared.has_lost_networks
-    return {**state_dict, "state": prepared.state}
+    return loaded.completed(prepared.state)

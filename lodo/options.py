@@ -53,6 +53,7 @@ OPTIONS: dict[str, Option] = {
     "maximize": Option(False, flag),
     "capturable": Option(False, flag),
     "seed": Option(0, integer(0), Role.START),
+    "sharding": Option("local", one_of("local", "whole"), Role.FIXED),
     **{name: option for part in PARTS for name, option in part.options.items()},
 }
 """Every option of a param group by name, those of the parts among them. The defaults are the paper's method."""
@@ -137,6 +138,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(
             "max_condition must be None with preconditioner='residual', which has no such bound, and with "
             f"capturable=True, for it waits for the device; got {options['max_condition']!r}"
+        )
+    if options["sharding"] == "whole" and (not network.is_elementwise or options["capturable"]):
+        raise ValueError(
+            "sharding must be 'local' with preconditioners that act on a param group as a whole, "
+            f"{', '.join(repr(name) for name, kind in BY_NAME.items() if not kind.is_elementwise)}, and with "
+            f"capturable=True; got {options['sharding']!r}"
         )
 
 

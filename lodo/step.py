@@ -31,7 +31,7 @@ from lodo.parts import Undone
 from lodo.parts.record import judged_share
 from lodo.scalars import Number, is_tensor, norm, where
 from lodo.state.flat import Mesh
-from lodo.state.group_state import GroupState
+from lodo.state.group_state import GroupState, Together
 
 
 def take_step_(live: GroupState, at: Context, params: list[Tensor]) -> None:
@@ -137,7 +137,7 @@ def subtract_(live: GroupState, step: Tensor, at: Context, params: list[Tensor])
         flat.gather(tensors, live.gradient_views)  # into the memory of the gradient, which has done its work
     if options["max_step_norm"] is not None:
         flat.mask_(live.gradient_views, moves)
-        factor, is_finite = shorten_(step, live.gradient, options["max_step_norm"])
+        factor, is_finite = shorten_(step, live.gradient, options["max_step_norm"], live.together)
         live.counts.skipped.add(is_finite == 0)
     live.counts.keep_lr(at, factor)
     if options["weight_decay"] != 0:
@@ -182,7 +182,7 @@ def decay(live: GroupState, x: Tensor, lr: Number | Tensor, at: Context) -> Tens
     return product
 
 
-def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Number]:
+def shorten_(step: Tensor, x: Tensor, max_step_norm: float, together: Together | None = None) -> tuple[Number, Number]:
     """Scales a step down to at most |step| = max_step_norm * max(|x|, 1e-3 sqrt(n)), in place.
 
     The floor, a root mean square of 1e-3, lets parameters that start at zero leave it.
@@ -191,13 +191,15 @@ def shorten_(step: Tensor, x: Tensor, max_step_norm: float) -> tuple[Number, Num
         step: what is to be subtracted from the parameters, shape (n,).
         x: the parameters, shape (n,).
         max_step_norm: as for `lodo.LODO`.
+        together: with whom, if other ranks have the rest of the group.
 
     Returns:
         The factor, and whether the step was finite. One that was not becomes zero, and so does the factor.
     """
-    length, size = norm(step), norm(x)
+    length_of, count = (norm, step.numel()) if together is None else (together.norm, together.size)
+    length, size = length_of(step), length_of(x)
     is_finite = length < math.inf
-    floor = 1e-3 * step.numel() ** 0.5
+    floor = 1e-3 * count**0.5
     limit = max_step_norm * where(size > floor, size, floor)
     is_long = length > limit
     factor = where(is_long, limit / where(is_long, length, 1.0), 1.0) * is_finite

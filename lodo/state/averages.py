@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lodo.parts.average import ITERATE
@@ -21,35 +21,37 @@ AT_AVERAGES = (
 NOT_FSDP1 = "averages of the iterates cannot be shown with FSDP1, which may compute with copies; FSDP2 can"
 
 
-def are_shown(params: Sequence[Tensor], state: State) -> bool:
+def are_shown(group: Mapping[str, Any], state: State) -> bool:
     """Whether the parameters of a group are at their averages now."""
-    return any(ITERATE.name in state.get(p, ()) for p in params)
+    return any(ITERATE.name in state.get(p, ()) for p in group["params"])
 
 
-def refuse_shown(groups: Sequence[Mapping[str, Any]], state: State) -> None:
+def refuse_shown(groups: Iterable[tuple[Mapping[str, Any], State]]) -> None:
     """Raises a RuntimeError if the parameters of a group are at their averages."""
-    if any(are_shown(group["params"], state) for group in groups):
+    if any(are_shown(group, state) for group, state in groups):
         raise RuntimeError(AT_AVERAGES)
 
 
-def show_(groups: Sequence[tuple[GroupState, Sequence[Tensor]]], state: State) -> None:
-    """Puts the averages of those groups that keep some in the place of the parameters, which `state` keeps. Memory is
-    asked for before anything has changed."""
+def show_(groups: Iterable[tuple[GroupState, Mapping[str, Any], State]]) -> None:
+    """Puts the averages of those groups that keep some in the place of the parameters, which their states keep. Memory
+    is asked for before anything has changed."""
     found = []
-    for live, params in groups:
+    for live, group, state in groups:
+        params = group["params"]
         if live.average is not None and live.average.is_wanted:
             if rank_of_fsdp1(params) is not None:
                 raise RuntimeError(NOT_FSDP1)
             x = live.parameters(params)
-            found.append((live, params, x, live.average.including(x)))
-    for live, params, x, average in found:
+            found.append((live, params, state, x, live.average.including(x)))
+    for live, params, state, x, average in found:
         for place, (p, own) in enumerate(zip(params, live.flat.views(x), strict=True)):
             state[p][ITERATE.name] = live.layout.shown(ITERATE, own, place)
         torch._foreach_copy_(list(live.flat.tensors(params)), live.flat.views(average))
 
 
-def hide_(live: GroupState, params: Sequence[Tensor], state: State) -> None:
+def hide_(live: GroupState, group: Mapping[str, Any], state: State) -> None:
     """Puts the parameters back, with the bits that they had."""
+    params = group["params"]
     for place, (p, tensor) in enumerate(zip(params, live.flat.tensors(params), strict=True)):
         kept = live.layout.opened(ITERATE, state[p], place)
         assert kept is not None  # a live group has it for each of its parameters
@@ -61,7 +63,7 @@ def hide_(live: GroupState, params: Sequence[Tensor], state: State) -> None:
 @contextmanager
 def shown(optimizer: Any, model: nn.Module | None, batches: Iterable[Any] | None) -> Iterator[None]:
     """Inside, the averages of a `lodo.LODO` are shown, and its model computes with them."""
-    is_shown = any(are_shown(group["params"], optimizer.state) for group in optimizer.param_groups)
+    is_shown = optimizer.is_at_averages
     optimizer.eval()
     try:
         _reshard(model)

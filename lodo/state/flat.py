@@ -25,9 +25,9 @@ Mesh = tuple[torch.device, Any]
 """A device, and the ranks that parameters there are sharded over: None for none."""
 
 
-def check_parameters(params: Sequence[Tensor]) -> None:
+def check_parameters(params: Sequence[Tensor], is_whole: bool = False) -> None:
     """Refuses parameters that LODO cannot flatten: ValueError for sparse, complex or other dtypes, elements that share
-    memory, mixed devices and mixed sharding."""
+    memory, mixed devices and mixed sharding, `is_whole` as for `check_sharding`."""
     for p in params:
         if p.layout != torch.strided:
             raise ValueError(f"LODO does not support sparse parameters, got layout {p.layout}")
@@ -43,7 +43,7 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(f"the parameters of one group must be on one device, got {devices}; make one group per device")
-    check_sharding(params)
+    check_sharding(params, is_whole)
 
 
 def _overlaps(p: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,21 @@ NETWORK_COUNTS = ("meta_step", "last_lr", "network_step")
 _pointer, _version = Tensor.data_ptr, attrgetter("_version")
 
 
+class Together(Protocol):
+    """What is known of a group whose tensors have owners on several ranks (`lodo.state.owners`).
+
+    Attributes:
+        energy: the sum of squares of the gradients of all.
+        size: the number of elements of all.
+    """
+
+    energy: Number
+    size: int
+
+    def norm(self, vector: Tensor) -> Number:
+        """The length of the vectors of all ranks together."""
+
+
 class GroupState:
     """The live state of one param group.
 
@@ -37,6 +52,7 @@ class GroupState:
         group: with its options.
         state: `optimizer.state`.
         learned: a network to start with a copy of.
+        together: with whom, if the group is that of the tensors which this rank owns.
 
     Raises:
         ValueError, RuntimeError: if the state does not fit parameters or options; nothing has changed then.
@@ -50,8 +66,14 @@ class GroupState:
         gradient, x: of the present step, shape (n,).
     """
 
-    def __init__(self, group: dict[str, Any], state: State, learned: Preconditioner | None = None) -> None:
-        params = group["params"]
+    def __init__(
+        self,
+        group: dict[str, Any],
+        state: State,
+        learned: Preconditioner | None = None,
+        together: Together | None = None,
+    ) -> None:
+        params, self.together = group["params"], together
         if learned is not None and sum(p.numel() for p in params) == 0:
             raise ValueError(f"preconditioner was learned for {learned.size} parameters, but its param group holds 0")
         self.flat = FlatParameters(params)
@@ -345,9 +367,11 @@ class GroupState:
     def measure(self) -> Number:
         """The sum of squares of the gradient, in the unit that it calls for."""
         if self.record is None:
-            return energy(self.gradient)
+            return energy(self.gradient) if self.together is None else self.together.energy
         self.sizes = self.update.energies(self.gradient)
         total: Number = stacked(self.sizes).sum() if any(map(is_tensor, self.sizes)) else sum(self.sizes)
+        if self.together is not None:
+            total = self.together.energy
         for part in self.parts:
             total = part.normalize(total)
         return total

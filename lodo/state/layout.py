@@ -25,7 +25,7 @@ from lodo.parts import Layout, parts_of
 from lodo.preconditioners import BY_NAME
 from lodo.rounding import kept_dtype
 from lodo.scalars import wide
-from lodo.state.sharding import Sharding, local, shapes_on_ranks, shown_as
+from lodo.state.sharding import Sharding, is_dtensor, local, shapes_on_ranks, shown_as
 
 STEP = Slot("step", Kind.TABLE, dtype=Dtype.COUNT, low=0.0)
 COMMON = (STEP, Slot("skipped_steps", Kind.TABLE, dtype=Dtype.COUNT, low=0.0))
@@ -74,6 +74,15 @@ def views(slot: Slot, tensor: Tensor, layout: Layout) -> list[Tensor]:
     if slot.kind is Kind.TABLE:
         return list(tensor.unbind())
     return list(tensor.split_with_sizes(layout.room(slot)))
+
+
+def contiguous(entry: Entry) -> Entry:
+    """The state of a parameter for a state dict, where tensors with leading dimensions are views that have gaps: gloo
+    would broadcast what lies in the gaps."""
+    return {
+        name: value.contiguous() if isinstance(value, Tensor) and not is_dtensor(value) else value
+        for name, value in entry.items()
+    }
 
 
 class StateLayout:

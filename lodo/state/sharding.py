@@ -86,8 +86,12 @@ def shown_as_placement(at: "Placement", lead: int) -> "Placement":
     return Shard(at.dim + lead) if isinstance(at, Shard) else at
 
 
-def check_sharding(params: Sequence[Tensor]) -> None:
+def check_sharding(params: Sequence[Tensor], is_whole: bool = False) -> None:
     """Refuses parameters whose replicas would drift apart, and DTensors whose state could not be shown.
+
+    Args:
+        params: of one group.
+        is_whole: whether each is to have one owner (`lodo.state.owners`).
 
     Raises:
         ValueError: for parameters that are not all sharded over the same ranks, for pending sums, and for shards that
@@ -104,7 +108,7 @@ def check_sharding(params: Sequence[Tensor]) -> None:
                 f"{local(p).device.type!r}; LODO does not support FSDP's offloading"
             )
         _check_chunks(p)
-    spreads = [(is_fsdp1(p), _spread(p)) for p in params]
+    spreads = [(is_fsdp1(p), _together(p, is_whole)) for p in params]
     if any(spread != spreads[0] for spread in spreads):
         found = sorted({_kind(p) for p in params})
         raise ValueError(
@@ -126,20 +130,23 @@ def signature(params: Sequence[Tensor]) -> tuple[int, int]:
     return 1 if sharding is None else sharding.shards, zlib.crc32(repr(found).encode())
 
 
-def split_by_ranks(param_group: Any) -> list[Any]:
+def split_by_ranks(param_group: Any, sharding: Any) -> list[Any]:
     """Param groups of one with DTensors: one for all that are sharded over the same ranks, each with all options.
 
-    Each rank steps on its shards as one process on tensors, which must move no replica of what others have too.
+    Each rank steps on its shards as one process on tensors, which must move no replica of what others have too. Where
+    tensors have owners, one for all on the same mesh.
 
     Args:
         param_group: as `torch.optim.Optimizer.add_param_group` takes it; what that refuses comes back as it is.
+        sharding: the default of the option.
     """
     params = param_group.get("params") if isinstance(param_group, dict) else None
     if not isinstance(params, Iterable) or isinstance(params, Tensor | set):
         return [param_group]
     found: dict[Any, list[Any]] = {}
     for each in params:
-        found.setdefault(_spread(each[1] if isinstance(each, tuple) else each), []).append(each)
+        p = each[1] if isinstance(each, tuple) else each
+        found.setdefault(_together(p, param_group.get("sharding", sharding) == "whole"), []).append(each)
     return [{**param_group, "params": own} for own in found.values() or [[]]]
 
 
@@ -156,6 +163,13 @@ def _spread(p: Tensor) -> "tuple[DeviceMesh, tuple[int, ...]] | None":
     mesh = p.device_mesh
     dims = tuple(i for i, at in enumerate(p.placements) if not at.is_replicate() and mesh.size(i) > 1)
     return (mesh, dims) if dims else None
+
+
+def _together(p: Tensor, is_whole: bool) -> Any:
+    """What the parameters of one group have in common."""
+    if is_whole and is_dtensor(p) and p.device_mesh.size() > 1:
+        return p.device_mesh
+    return _spread(p)
 
 
 def _check_chunks(p: Tensor) -> None:
@@ -264,17 +278,25 @@ def _shapes_on_ranks(
 def _shape_on(
     whole: torch.Size, placements: "Sequence[Placement]", mesh: "DeviceMesh", coordinates: Sequence[int]
 ) -> torch.Size:
-    """The shape of the shard of a parameter that the rank with these coordinates in the mesh has, as `torch.chunk`
-    makes them."""
-    shape = list(whole)
+    """The shape of the shard of a parameter that the rank with these coordinates in the mesh has."""
+    return torch.Size(part.stop - part.start for part in slices_on(whole, placements, mesh, coordinates))
+
+
+def slices_on(
+    whole: Sequence[int], placements: "Sequence[Placement]", mesh: "DeviceMesh", coordinates: Sequence[int]
+) -> tuple[slice, ...]:
+    """The part of a tensor that the rank with these coordinates in the mesh has, as `torch.chunk` makes them."""
+    bounds = [(0, length) for length in whole]
     splits = [(i, at) for i, at in enumerate(placements) if not at.is_replicate()]
     # Tensor parallelism under FSDP2: what the later dimensions of the mesh have left is split by the first.
     splits.sort(key=lambda split: hasattr(split[1], "split_factor"))
     for i, at in splits:
         dim: int = at.dim  # type: ignore[attr-defined]
-        most = -(-shape[dim] // mesh.size(i))
-        shape[dim] = min(most, max(0, shape[dim] - coordinates[i] * most))
-    return torch.Size(shape)
+        begin, end = bounds[dim]
+        most = -(-(end - begin) // mesh.size(i))
+        begin = min(end, begin + coordinates[i] * most)
+        bounds[dim] = begin, min(end, begin + most)
+    return tuple(slice(begin, end) for begin, end in bounds)
 
 
 def _largest_part(p: Tensor) -> int:

@@ -136,6 +136,28 @@ def auto_run():
     return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
 
 
+def ddp_auto_run():
+    model = DistributedDataParallel(network(torch.float32))
+    return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
+
+
+def whole_run(**options):
+    """Whole tensors with one owner each, averages, a parameter without a gradient before step 3."""
+    model = fsdp()
+    model.late = {"2.bias": 3}
+    return model, lodo.AutoLODO(model.parameters(), sharding="whole", average_share=0.5, **options)
+
+
+def whole_hsdp_run():
+    model, _ = hsdp_run()
+    return model, lodo.AutoLODO(model.parameters(), sharding="whole", average_share=0.5)
+
+
+def whole_two_dimensional_run():
+    model, _ = two_dimensional_run()
+    return model, lodo.AutoLODO(model.parameters(), sharding="whole", average_share=0.5)
+
+
 def late_adam_run():
     """The same without eigenbases."""
     model, _ = late_run()

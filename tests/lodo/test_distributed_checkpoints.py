@@ -13,11 +13,9 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
@@ -31,6 +29,7 @@ from tests.helpers.distributed_runs import (
     assert_same_shards,
     auto_run,
     bfloat16_run,
+    ddp_auto_run,
     ddp_run,
     deeper_network,
     everything,
@@ -53,67 +52,8 @@ from tests.helpers.distributed_runs import (
     two_dimensional_run,
     whole,
 )
+from tests.helpers.distributed_states import WAYS, load, resumed_in_all_ways, save
 from tests.helpers.ranks import run
-
-
-def save(folder, model, optimizer, **options):
-    state = get_state_dict(model, optimizer, options=StateDictOptions(**options))
-    if options.get("full_state_dict"):
-        if dist.get_rank() == 0:
-            torch.save(state, folder / "full.pt")
-        dist.barrier()
-    else:
-        dcp.save(dict(zip(("model", "optimizer"), state, strict=True)), checkpoint_id=folder)
-
-
-def load(folder, model, optimizer, planner=None, **options):
-    options = StateDictOptions(**options)
-    if options.broadcast_from_rank0:
-        state = torch.load(folder / "full.pt", weights_only=True) if dist.get_rank() == 0 else ({}, {})
-    elif options.full_state_dict:
-        state = torch.load(folder / "full.pt", weights_only=True)
-    else:
-        state = get_state_dict(model, optimizer, options=options)
-        template = dict(zip(("model", "optimizer"), state, strict=True))
-        dcp.load(template, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
-        state = template["model"], template["optimizer"]
-    # Not `set_state_dict`: it leaves the model alone on the ranks that pass nothing and wait for the broadcast.
-    set_model_state_dict(model, state[0], options=options)
-    set_optimizer_state_dict(model, optimizer, state[1], options=options)
-
-
-def resumed(folder, make, options):
-    """Trains, saves, goes on; loads into what another process would make, and goes on with that."""
-    model, optimizer = make()
-    train(model, optimizer, 0, 8, own_share(model))
-    save(folder, model, optimizer, **options)
-    other_model, other = make()
-    load(folder, other_model, other, **options)
-    assert_same_shards(other_model, other, model, optimizer)
-    train(model, optimizer, 8, 16, own_share(model))
-    train(other_model, other, 8, 16, own_share(model))
-    assert_same_shards(other_model, other, model, optimizer)
-
-
-WAYS = {
-    "sharded": {},
-    "flat": {"flatten_optimizer_state_dict": True},
-    "offloaded": {"cpu_offload": True},
-    "trained only": {"ignore_frozen_params": True, "strict": False},
-    "gathered": {"full_state_dict": True},
-    "full": {"full_state_dict": True, "cpu_offload": True},
-    "broadcast": {"full_state_dict": True, "cpu_offload": True, "broadcast_from_rank0": True},
-}
-
-
-def resumed_in_all_ways(folder, cases):
-    for make, ways in cases:
-        for name in ways:
-            path = folder / f"{make.__name__}-{name}"
-            if dist.get_rank() == 0:
-                path.mkdir()
-            dist.barrier()
-            resumed(path, make, WAYS[name])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +63,7 @@ def resumed_in_all_ways(folder, cases):
             2,
             (
                 (ddp_run, tuple(WAYS)),
+                (ddp_auto_run, ("sharded", "full", "broadcast")),
                 (fsdp_run, ("sharded", "flat", "full", "broadcast")),
                 (bfloat16_run, ("sharded",)),
                 (parts_run, ("sharded", "full")),

@@ -1,0 +1,189 @@
+"""Checkpoints of whole tensors on several ranks (`sharding="whole"`): they are those of one process."""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+import lodo
+from tests.helpers.distributed_runs import (
+    assert_same,
+    fsdp,
+    local_or_same,
+    network,
+    own_share,
+    train,
+    whole,
+    whole_hsdp_run,
+    whole_run,
+    whole_two_dimensional_run,
+)
+from tests.helpers.distributed_states import WAYS, load, resumed_in_all_ways, save
+from tests.helpers.ranks import run
+
+EACH = ("sharded", "flat", "offloaded", "full", "broadcast")
+
+
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (2, ((whole_run, EACH),)),
+        (4, ((whole_run, ("sharded", "full")), (whole_hsdp_run, ("sharded", "full")))),
+        (4, ((whole_two_dimensional_run, ("sharded", "full", "broadcast")),)),
+    ],
+    ids=["2 ranks", "4 ranks", "2 x 2 ranks"],
+)
+def test_they_resume_bit_for_bit(tmp_path, world, cases):
+    run(world, resumed_in_all_ways, tmp_path, cases)
+
+
+def one_process_run():
+    model = network(torch.float32)
+    model.late = {"2.bias": 3}
+    return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
+
+
+def local_run():
+    model = fsdp()
+    return model, lodo.AutoLODO(model.parameters(), average_share=0.5)
+
+
+def contents(model, optimizer):
+    """Parameters and all state, whole."""
+    names = [name for name, _ in model.named_parameters()]
+    state = optimizer.state_dict()["state"]
+    return {name: whole(p) for name, p in model.named_parameters()}, {
+        name: {key: whole(value) for key, value in state[i].items()} for i, name in enumerate(names)
+    }
+
+
+def saved_run(folder, make):
+    model, optimizer = make()
+    train(model, optimizer, 0, 8, own_share(model))
+    save(folder, model, optimizer)
+    save(folder, model, optimizer, full_state_dict=True, cpu_offload=True)
+    return contents(model, optimizer)
+
+
+def loaded_run(folder, make, ways):
+    results = []
+    for name in ways:
+        model, optimizer = make()
+        if name == "full":  # into one that has its own state
+            train(model, optimizer, 0, 2, own_share(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(folder, model, optimizer, **WAYS[name])
+        results.append(contents(model, optimizer))
+        train(model, optimizer, 8, 12, own_share(model))
+        results.append({name: whole(p) for name, p in model.named_parameters()})
+    return results
+
+
+@pytest.mark.parametrize(
+    ("worlds", "makers", "ways"),
+    [
+        ((4, 2), (whole_run, whole_run), ("sharded", "full", "broadcast")),
+        ((2, 4), (whole_run, whole_run), ("sharded", "full")),
+        ((1, 2), (one_process_run, whole_run), ("sharded", "full", "broadcast")),
+        ((2, 1), (whole_run, one_process_run), ("sharded", "full")),
+        ((4, 1), (whole_hsdp_run, one_process_run), ("sharded", "full")),
+        ((2, 4), (whole_run, whole_hsdp_run), ("sharded", "full")),
+    ],
+    ids=["4 to 2", "2 to 4", "1 to 2", "2 to 1", "2 x 2 to 1", "2 to 2 x 2"],
+)
+def test_they_go_on_with_any_number_of_ranks_and_nothing_is_lost(tmp_path, worlds, makers, ways):
+    (expected, *_) = run(worlds[0], saved_run, tmp_path, makers[0])
+    for results in run(worlds[1], loaded_run, tmp_path, makers[1], ways):
+        for found, after in zip(results[::2], results[1::2], strict=True):
+            assert_same(found, expected)
+            torch.testing.assert_close(after, results[1], rtol=0, atol=1e-6)
+
+
+def other_mode_run(folder, makers):
+    """From whole tensors to each rank's own shards, or back: parameters and averages go on, with one message."""
+    model, optimizer = makers[0]()
+    train(model, optimizer, 0, 8, own_share(model))
+    save(folder, model, optimizer)
+    (parameters, state) = contents(model, optimizer)
+    other_model, other = makers[1]()
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(folder, other_model, other, planner)
+    assert sum("another number of shards" in str(warning.message) for warning in caught) == 1
+    assert other.param_groups[0]["sharding"] == makers[1]()[1].param_groups[0]["sharding"]
+    found_parameters, found = contents(other_model, other)
+    assert_same(found_parameters, parameters)
+    for name, entry in state.items():
+        assert_same(found[name]["average"], entry["average"])
+        assert not found[name]["momentum"].any()
+    train(other_model, other, 8, 12, own_share(other_model))
+    return other.skipped_steps
+
+
+@pytest.mark.parametrize("makers", [(whole_run, local_run), (local_run, whole_run)], ids=["to local", "to whole"])
+def test_the_other_mode_begins_anew(tmp_path, makers):
+    assert run(2, other_mode_run, tmp_path, makers) == [0, 0]
+
+
+def averaged_run(folder):
+    """Saved at the averages, loaded by 2 of 4 parameters' owners or one process: the iterates are there."""
+    model, optimizer = whole_run()
+    train(model, optimizer, 0, 8, own_share(model))
+    iterates = {name: whole(p) for name, p in model.named_parameters()}
+    optimizer.eval()
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    other_model, other = whole_run()
+    other_model.load_state_dict(model.state_dict())
+    with torch.serialization.safe_globals(list(SAFE)):
+        other.load_state_dict(torch.load(saved, weights_only=False))
+    assert other.is_at_averages
+    with pytest.raises(RuntimeError, match="averages"):
+        other.step()
+    other.train()
+    assert_same({name: whole(p) for name, p in other_model.named_parameters()}, iterates)
+    assert not other.is_at_averages
+    train(other_model, other, 8, 9, own_share(other_model))
+    return True
+
+
+SAFE = ()
+
+
+def test_a_state_saved_at_the_averages_has_the_iterates(tmp_path):
+    assert run(4, averaged_run, tmp_path) == [True] * 4
+
+
+def damaged_run():
+    """One rank alone can see the damage, for it owns the tensor; all refuse, and nothing has changed."""
+    model, optimizer = whole_run()
+    train(model, optimizer, 0, 4, own_share(model))
+    saved = optimizer.state_dict()
+    before = contents(model, optimizer)
+    bad = copy.deepcopy(saved)
+    local_or_same(bad["state"][0]["exp_avg_sq"]).fill_(math.nan)
+    messages = []
+    try:
+        optimizer.load_state_dict(bad)
+    except ValueError as error:
+        messages.append(str(error))
+    assert_same(contents(model, optimizer), before)
+    optimizer.load_state_dict(saved)
+    assert_same(contents(model, optimizer), before)
+    optimizer.zero_grad()
+    twin = copy.deepcopy(optimizer)
+    assert twin.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    return messages
+
+
+def test_damaged_state_is_refused_by_all_ranks_or_none():
+    found = [message for messages in run(2, damaged_run) for message in messages]
+    assert sum("refused by another rank" in message for message in found) == 1
+    assert sum("exp_avg_sq holds NaN" in message for message in found) == 1
