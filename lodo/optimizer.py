@@ -12,15 +12,10 @@ from lodo import diagnostics
 from lodo.messages import BROKEN_OFF, LOST_NETWORK, NEW_NETWORKS, NOT_WORTH_KEEPING, SKIPPED, warn
 from lodo.options import (
     OPTIONS,
-    all_values,
-    check_fixed,
-    check_lr,
     check_options,
-    fixed_options,
     made_plain,
     refuse_others,
     refuse_part,
-    state_values,
 )
 from lodo.parts import PARTS
 from lodo.preconditioners import Operator, Preconditioner
@@ -28,9 +23,10 @@ from lodo.scalars import is_tensor
 from lodo.state import averages
 from lodo.state.checks import prepare_state_dict, unwrap
 from lodo.state.flat import check_parameters, has_gradients, is_flattened
-from lodo.state.group_state import GroupState, has_state
-from lodo.state.layout import State, contiguous, slots_of
-from lodo.state.owners import Owners, Taken, are_owned
+from lodo.state.group_state import GroupState
+from lodo.state.layout import State, contiguous
+from lodo.state.live_groups import LiveGroups
+from lodo.state.loading import Loaded
 from lodo.state.sharding import split_by_ranks
 from lodo.step import check_gradients, take_step_
 
@@ -143,10 +139,7 @@ class LODO(Optimizer):
         defaults = {name: others.get(name, given.get(name, option.default)) for name, option in OPTIONS.items()}
         check_options(defaults)
         made_plain(defaults)
-        self._live: dict[Tensor, GroupState] = {}
-        self._owners: dict[Tensor, Owners] = {}
-        self._checked: dict[Tensor, tuple[Any, ...]] = {}
-        self._fixed: dict[Tensor, dict[str, Any]] = {}  # the options of groups with state that may not change
+        self._groups = LiveGroups()
         self._next_warning = 1  # so many skipped steps
         self._is_broken_off = False
         # Of the state dict that was loaded last: it was of another number of shards, or had lost networks.
@@ -206,7 +199,7 @@ class LODO(Optimizer):
             if part.is_used(group):
                 part.check(group, is_flattened(group["params"]))
         if isinstance(learned, Preconditioner):
-            self._keep(group, GroupState(group, self.state, learned))
+            self._groups.keep(group, GroupState(group, self.state, learned), self.param_groups)
 
     @property
     def is_at_averages(self) -> bool:
@@ -230,10 +223,10 @@ class LODO(Optimizer):
         """
         asked = [group for group in self.param_groups if group["average_share"] is not None and self._has_state(group)]
         hidden = [group for group in asked if not averages.are_shown(*self._own(group))]
-        self._gather(hidden, with_gradients=False)
+        self._groups.gather(hidden, with_gradients=False)
         averages.show_([(self._group_state(group), *self._own(group)) for group in hidden])
-        self._scatter(hidden)
-        self._mark(hidden)
+        self._groups.scatter(hidden)
+        self._groups.mark(hidden, self.state)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -242,8 +235,8 @@ class LODO(Optimizer):
         shown = [group for group in self.param_groups if averages.are_shown(*self._own(group))]
         for group in shown:
             averages.hide_(self._group_state(group), *self._own(group))
-        self._scatter(shown)
-        self._mark(shown)
+        self._groups.scatter(shown)
+        self._groups.mark(shown, self.state)
 
     def averaged(
         self, model: nn.Module | None = None, batches: Iterable[Any] | None = None
@@ -331,7 +324,7 @@ class LODO(Optimizer):
                 loaded: an exception such as torch.OutOfMemoryError that comes while parameters and state change has a
                 note that says so. And while the parameters are at their averages (`eval`).
         """
-        must_wait = self._is_broken_off and not self._is_reloaded()
+        must_wait = self._is_broken_off and not self._groups.are_replaced(self.param_groups, self.state)
         if must_wait and any(group["lr"] != 0 for group in self.param_groups):
             raise RuntimeError(BROKEN_OFF)
         averages.refuse_shown(map(self._own, self.param_groups))
@@ -340,9 +333,9 @@ class LODO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self._with_gradients()
+        groups = self._groups.with_gradients(self.param_groups)
         for group in groups:
-            self._check_changes(group)
+            self._groups.check_changes(group)
         lives = [self._group_state(group) for group in groups]
         works = [self._own(group)[0] for group in groups]
         for group, live in zip(works, lives, strict=True):
@@ -362,7 +355,7 @@ class LODO(Optimizer):
                 active = is_sound > is_idle
                 if is_tensor(active) or active:
                     take_step_(live, live.begin(group, active), group["params"])
-            self._scatter(groups)
+            self._groups.scatter(groups)
         except BaseException as error:
             if self._is_broken_off:
                 error.add_note(BROKEN_OFF)
@@ -372,66 +365,6 @@ class LODO(Optimizer):
             if not is_captured and (is_tensor(is_sound) or not is_sound or group["max_step_norm"] is not None):
                 self._warn_of_skips(live)
         return loss
-
-    # ---- whole tensors on several ranks ---------------------------------------------------------------------------
-
-    def _own(self, group: dict[str, Any]) -> tuple[dict[str, Any], State]:
-        """A group as this rank works on it, and its state: the whole tensors that are this rank's, if they have
-        owners."""
-        owners = self._owners_of(group)
-        return (group, self.state) if owners is None else owners.work(group, self.state)
-
-    def _owners_of(self, group: dict[str, Any]) -> Owners | None:
-        if not are_owned(group):
-            return None
-        owners = self._owners.get(group["params"][0])
-        if owners is None or not owners.fits(group["params"]):
-            owners = self._owners[group["params"][0]] = Owners(group["params"])
-        return owners
-
-    def _gather(self, groups: Sequence[dict[str, Any]], with_gradients: bool = True) -> None:
-        """Brings parameters and gradients to their owners."""
-        found = [owners for group in groups if (owners := self._owners_of(group)) is not None]
-        for finish in [owners.gather(with_gradients) for owners in found]:
-            finish()
-
-    def _scatter(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Brings the parameters back from their owners."""
-        found = [owners for group in groups if (owners := self._owners_of(group)) is not None]
-        for finish in [owners.scatter() for owners in found]:
-            finish()
-
-    def _mark(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Tells in the state what other ranks have."""
-        for group in groups:
-            if (owners := self._owners_of(group)) is not None:
-                owners.mark_(self.state)
-
-    def _with_gradients(self) -> list[dict[str, Any]]:
-        """The groups in which any parameter has a gradient, of those that have owners on any rank."""
-        checked = [(group, has_gradients(group["params"])) for group in self.param_groups]
-        self._gather(self.param_groups)
-        found = [(group, has, self._owners_of(group)) for group, has in checked]
-        return [group for group, has, owners in found if (has if owners is None else owners.has_gradients)]
-
-    # ---- live states ----------------------------------------------------------------------------------------------
-
-    def _is_reloaded(self) -> bool:
-        """Whether all state was exchanged since the last step, as ZeroRedundancyOptimizer does past
-        `load_state_dict`."""
-        firsts = [group["params"][0] for group in self.param_groups if group["params"]]
-        lives = [self._live[first] for first in firsts if first in self._live]
-        return bool(lives) and all(live.is_replaced(self.state) for live in lives)
-
-    def _check_changes(self, group: dict[str, Any]) -> None:
-        """Refuses options that were written into a param group since the last step, if they are out of range."""
-        check_lr("lr", group["lr"])  # each time, for schedulers write it
-        values = all_values(group)
-        if self._checked.get(group["params"][0]) != values:
-            check_options(group)
-            if (former := self._fixed.get(group["params"][0])) is not None:
-                check_fixed(group, former)
-            self._checked[group["params"][0]] = values
 
     def _is_captured(self) -> bool:
         """Whether this call is being captured in a CUDA graph.
@@ -443,7 +376,9 @@ class LODO(Optimizer):
             return False
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable must be True in every param group for LODO.step to be captured, got False")
-        if not all(self._is_live(group) for group in self.param_groups if has_gradients(group["params"])):
+        if not all(
+            self._groups.is_live(group, self.state) for group in self.param_groups if has_gradients(group["params"])
+        ):
             raise RuntimeError(
                 "LODO prepares its state at the first step and at the first one after a load, which cannot be captured "
                 "in a CUDA graph; take at least one step before the capture"
@@ -470,8 +405,7 @@ class LODO(Optimizer):
         saved = super().state_dict()
         saved["state"] = {key: contiguous(entry) for key, entry in saved["state"].items()}
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            owners = self._owners_of(group)
-            if owners is not None and self._has_state(group):
+            if (owners := self._groups.owners(group)) is not None and self._has_state(group):
                 shown = owners.shown(self._group_state(group), self._own(group)[1])
                 saved["state"].update(zip(packed["params"], shown, strict=True))
         return saved
@@ -507,69 +441,25 @@ class LODO(Optimizer):
         unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
         super().__setstate__(saved)
         self._is_broken_off = saved.get("_is_broken_off", False)
-        self._live, self._checked, self._fixed = {}, {}, {}  # the first is rebuilt when it is next needed
-        self._owners = getattr(self, "_owners", {})
         self._next_warning = 1
         for group in self.param_groups:
             for name, option in OPTIONS.items():
                 group.setdefault(name, self.defaults.get(name, option.default))
-            if group["params"] and self._has_state(group):
-                self._fixed[group["params"][0]] = fixed_options(group)
+        self._groups = LiveGroups(getattr(self, "_groups", None), self.param_groups, self.state)
 
     def _has_state(self, group: dict[str, Any]) -> bool:
-        if are_owned(group):
-            return any("shards" in self.state.get(p, ()) for p in group["params"])
-        return has_state(group["params"], self.state)
+        return self._groups.has_state(group, self.state)
 
-    def _is_live(self, group: dict[str, Any]) -> bool:
-        """Whether a step was taken on the group's state as it is, so that the next one has nothing to prepare."""
-        live = self._live.get(group["params"][0])
-        return live is not None and live.has_stepped and self._is_up_to_date(live, group)
-
-    def _is_up_to_date(self, live: GroupState, group: dict[str, Any]) -> bool:
-        own, state = self._own(group)
-        if not live.is_bound_to(state, own["params"]):
-            return False
-        if all_values(live.options) == all_values(group):
-            return True
-        check_fixed(group, live.options)
-        if any(
-            live.options[name] != OPTIONS[name].plain(group[name]) for name in ("meta_state_dtype", "momentum_dtype")
-        ):
-            return False
-        if state_values(live.options) != state_values(group) and slots_of(group, live.names) != live.layout.slots:
-            return False
-        live.options.update({name: group[name] for name in OPTIONS})
-        return True
+    def _own(self, group: dict[str, Any]) -> tuple[dict[str, Any], State]:
+        return self._groups.own(group, self.state)
 
     def _group_state(self, group: dict[str, Any]) -> GroupState:
-        """The live state of a group: kept from the last step, or made of `self.state`, or started."""
-        live = self._live.get(group["params"][0])
-        if live is not None and self._is_up_to_date(live, group):
-            return live
-        return self._keep(group, None)
-
-    def _keep(self, group: dict[str, Any], live: GroupState | None) -> GroupState:
-        first = group["params"][0]
-        self._live.pop(first, None)  # what stands in `self.state` counts, should this break off half-way
-        if live is None:
-            self._mark([group])
-            live = GroupState(*self._own(group), together=self._owners_of(group))
-            self._mark([group])
-        if live.has_lost_network:
-            warn(LOST_NETWORK)
-        self._live[first], self._fixed[first] = live, fixed_options(group)
-        firsts = {each["params"][0] for each in self.param_groups if each["params"]}
-        for gone in self._live.keys() - firsts:  # exchanged for other parameters
-            del self._live[gone]
-            for known in (self._checked, self._fixed, self._owners):
-                known.pop(gone, None)  # type: ignore[attr-defined]
-        return live
+        return self._groups.live(group, self.state, self.param_groups)
 
 
 def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     """The last pre-hook of a load: refuses what does not fit, and keeps the rest from being cast."""
-    loaded = Taken(state_dict, optimizer.param_groups, list(map(optimizer._owners_of, optimizer.param_groups)))
+    loaded = Loaded(state_dict, optimizer.param_groups, list(map(optimizer._groups.owners, optimizer.param_groups)))
     prepared = loaded.checked(lambda: prepare_state_dict(loaded.state_dict, loaded.groups, optimizer.defaults))
     if prepared is None:
         return None  # torch refuses this itself

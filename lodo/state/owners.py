@@ -6,14 +6,14 @@ process whatever the number of ranks. An exchange is one packed all-to-all: each
 has of the parameters, where FSDP2 gathers all of them twice in a step.
 
 In `optimizer.state` whole tensors lie with their owner alone. `shown` spreads them over the ranks for a state dict, and
-`taken` brings those of a state dict back to their owners; torch's distributed checkpoints see the state of one process,
-sharded evenly.
+`taken` brings those of a state dict back to their owners (`lodo.state.loading`); torch's distributed checkpoints see
+the state of one process, sharded evenly.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,6 @@ from lodo.declarations import Kind, Slot
 from lodo.parts.average import ITERATE
 from lodo.parts.bases import LARGEST_VECTOR, sides_of
 from lodo.scalars import Number
-from lodo.state.checks import AsSaved, check_layout
 from lodo.state.flat import FlatParameters
 from lodo.state.group_state import GroupState
 from lodo.state.layout import State, allocate, slots_of, views
@@ -37,7 +36,6 @@ PASSES = 32  # over the elements of a tensor, that a step takes besides the prod
 
 Finish = Callable[[], None]
 Slices = tuple[slice, ...]
-T = TypeVar("T")
 
 ONE_PROCESS = (1, 0)
 """Of the shards of a group that one process has: see `lodo.state.sharding.signature`."""
@@ -214,7 +212,8 @@ class Owners:
         outgoing: list[list[Tensor]] = [[] for _ in self.coordinates]
         for whole, place in zip(wholes, self.places, strict=True):
             for rank, part in enumerate(slices[place]):
-                outgoing[rank].append(whole[(Ellipsis, *part)])
+                index: Any = (..., *part)
+                outgoing[rank].append(whole[index])
         incoming: list[list[Tensor]] = [[] for _ in self.coordinates]
         for shard, owner in zip(shards, self.owners, strict=True):
             incoming[owner].append(shard)
@@ -336,78 +335,3 @@ def size_of(whole: Sequence[int], part: Slices) -> list[int]:
     return (
         [len(range(*each.indices(length))) for each, length in zip(part, whole, strict=True)] if part else list(whole)
     )
-
-
-class Taken:
-    """A state dict that is being loaded, and the param groups that it is for, as this rank has them.
-
-    All ranks must load together. Where tensors have owners each has what belongs to its own, and `sharding` stays as it
-    is here: where a training runs is none of what it has learned.
-
-    Args:
-        state_dict: as saved, of any number of ranks.
-        groups: the optimizer's.
-        owners: of each of them, None for those that have none.
-
-    Raises:
-        ValueError: it is no state dict of a torch optimizer.
-    """
-
-    def __init__(
-        self, state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], owners: Sequence[Owners | None]
-    ) -> None:
-        check_layout(state_dict)
-        state, saved_groups = dict(state_dict["state"]), list(state_dict["param_groups"])
-        self.groups = list(groups)
-        self._loaded, self._marks, self._fills = (
-            state_dict,
-            dict[Any, Any](),
-            list[tuple[Owners, dict[str, Any], set[str]]](),
-        )
-        self._loaded_groups = []
-        for index, (saved, group, owner) in enumerate(zip(saved_groups, groups, owners, strict=False)):
-            saved_groups[index] = here = {**saved, "sharding": group["sharding"]}
-            self._loaded_groups.append(here)
-            if owner is None or len(saved["params"]) != len(group["params"]):
-                continue
-            keys = saved["params"]
-            entries = [state.pop(key, {}) for key in keys]
-            state.update((key, entry) for key, entry in zip(keys, owner.taken(entries), strict=True) if entry)
-            self._marks.update({key: {"shards": AsSaved(owner.mark())} for key in keys if any(entries)})
-            self._fills.append((owner, {**group, **here}, _names_of(entries)))
-            saved_groups[index] = {**here, "params": [*(keys[place] for place in owner.places), f"nothing in {index}"]}
-            self.groups[index] = {**group, "params": owner.tensors}
-        self.state_dict = {**state_dict, "state": state, "param_groups": saved_groups}
-
-    def checked(self, prepare: Callable[[], T]) -> T:
-        """What `prepare` gives, if it is refused on no rank.
-
-        Raises:
-            ValueError: it is, here or elsewhere.
-        """
-        owners = [owner for owner, _, _ in self._fills]
-        try:
-            found = prepare()
-        except Exception:
-            for owner in owners:
-                owner.agree(is_refused=True)
-            raise
-        refused = [owner.agree(is_refused=False) for owner in owners]  # all of them: other ranks wait
-        if any(refused):
-            raise ValueError("the state dict was refused by another rank, which says why")
-        return found
-
-    def completed(self, state: State) -> dict[str, Any]:
-        """The state dict to load, of checked state: with marks for what other ranks have."""
-        for owner, options, names in self._fills:
-            owner.fill_(options, names)
-        groups = [*self._loaded_groups, *self._loaded["param_groups"][len(self._loaded_groups) :]]
-        return {**self._loaded, "param_groups": groups, "state": {**self._marks, **state}}
-
-
-def _names_of(entries: Sequence[Mapping[str, Any]]) -> set[str]:
-    """What is kept for parameters of which these entries were saved; nothing if of other shards, for then it begins
-    anew."""
-    if any("shards" in entry and tuple(entry["shards"].tolist()) != ONE_PROCESS for entry in entries):
-        return set()
-    return {name for entry in entries for name in entry}

@@ -30,8 +30,27 @@ WHOLE = {
     "with all parts": {**lodo.RECOMMENDED, "preconditioner": "block_permutation", "depth": 3},
 }
 SHAPES = ((4, 5), (3, 6), (2, 3, 2), ())  # all of which have the same eigenbases in any group
+WAYS = ("native", "reference", "scalars on the device")
+ON_ALL_WAYS = ("recommended", "over adam", "network with all parts")  # the others by the kernels alone: it is slow
+
+
+def in_ways(recipes):
+    """Parametrizes a test by `options` and by the fixture `where`."""
+    cases = [
+        pytest.param(options, way, id=f"{name}, {way}")
+        for name, options in recipes
+        for way in (WAYS if name in ON_ALL_WAYS else WAYS[:1])
+    ]
+    return pytest.mark.parametrize(("options", "where"), cases, indirect=["where"])
+
+
+elementwise_in_ways = in_ways(ELEMENTWISE.items())
+all_in_ways = in_ways([*ELEMENTWISE.items(), *((f"network {name}", each) for name, each in WHOLE.items())])
 each_elementwise = pytest.mark.parametrize("options", ELEMENTWISE.values(), ids=ELEMENTWISE)
 each_whole = pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
+
+
+each_recipe = pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
 
 
 def made(shapes=SHAPES):

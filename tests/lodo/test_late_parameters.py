@@ -11,10 +11,12 @@ import lodo
 from tests.helpers.habits import assert_finite, noisy
 from tests.helpers.late import (
     ELEMENTWISE,
-    WHOLE,
     Alone,
+    all_in_ways,
     always,
     each_elementwise,
+    each_recipe,
+    elementwise_in_ways,
     give,
     made,
     now_and_then,
@@ -27,7 +29,7 @@ from tests.helpers.states import assert_same, through_file
 # ---- elementwise networks: each parameter for itself -----------------------------------------------------------------
 
 
-@each_elementwise
+@elementwise_in_ways
 @pytest.mark.parametrize(("late", "order"), [(0, -1), (1, 1), (45, 1), (45, -1)])
 def test_a_late_parameter_takes_the_steps_that_it_would_take_from_the_start(late, order, options, where):
     """And the others do not notice."""
@@ -62,7 +64,7 @@ def test_that_holds_a_thousand_steps_later(name, kernel):
     assert not torch.equal(params[1].detach(), made()[1].detach())
 
 
-@each_elementwise
+@elementwise_in_ways
 def test_a_parameter_without_a_gradient_is_left_alone_and_the_others_go_their_way(options, where):
     """Each is what it would be in an optimizer that is called at its own steps only, schedules of lr included."""
     params = made()
@@ -156,7 +158,7 @@ def test_an_exchanged_parameter_starts_anew_and_the_others_go_on(shape, place, o
     assert int(optimizer.state[params[place]]["step"]) == 25
 
 
-@pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
+@each_recipe
 @pytest.mark.parametrize("place", [0, 3])
 def test_an_exchanged_parameter_that_takes_its_state_along_goes_on(place, options):
     params = made()
@@ -206,7 +208,7 @@ def test_a_frozen_parameter_that_is_unfrozen_is_a_late_one(options, kernel):
     assert [int(optimizer.state[p]["step"]) for p in params] == [50, 25, 50, 75]
 
 
-@pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
+@each_recipe
 def test_a_group_that_is_added_late_is_an_optimizer_of_its_own(options, kernel):
     params, shapes = made(), made(((2, 3), (4, 4)))
     others, late, own = twins(params), shapes, twins(shapes)
@@ -296,7 +298,7 @@ def loss_of(model):
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
+@all_in_ways
 def test_experts_train_and_their_run_is_resumed_bit_for_bit(options, where):
     model = Experts()
     optimizer, before = lodo.LODO(model.parameters(), **{**options, "lr": options["lr"] * 3}), loss_of(model)
@@ -321,7 +323,7 @@ def test_experts_train_and_their_run_is_resumed_bit_for_bit(options, where):
     assert optimizer.diagnostics()[0]["steps"] == 140
 
 
-@pytest.mark.parametrize("options", [*ELEMENTWISE.values(), *WHOLE.values()], ids=[*ELEMENTWISE, *WHOLE])
+@all_in_ways
 @pytest.mark.filterwarnings("ignore:LODO skipped a step")
 def test_a_bad_gradient_of_one_expert_leaves_all_of_them(options, where):
     model = Experts()
