@@ -225,7 +225,7 @@ class LODO(Optimizer):
         hidden = [group for group in asked if not averages.are_shown(*self._own(group))]
         self._groups.gather(hidden, with_gradients=False)
         averages.show_([(self._group_state(group), *self._own(group)) for group in hidden])
-        self._groups.scatter(hidden)
+        self._groups.scatter(hidden, all_of_them=True)
         self._groups.mark(hidden, self.state)
 
     @torch.inference_mode(False)
@@ -235,7 +235,7 @@ class LODO(Optimizer):
         shown = [group for group in self.param_groups if averages.are_shown(*self._own(group))]
         for group in shown:
             averages.hide_(self._group_state(group), *self._own(group))
-        self._groups.scatter(shown)
+        self._groups.scatter(shown, all_of_them=True)
         self._groups.mark(shown, self.state)
 
     def averaged(
@@ -288,7 +288,8 @@ class LODO(Optimizer):
         - "scale_min", "scale_max" over the tensors, if they have scales.
         - "seconds_gather", "seconds_learn", "seconds_apply": the parts of a step, as measured during this call.
 
-        On several ranks the figures of sharded groups are of this rank's shard.
+        On several ranks the figures of sharded groups are of this rank's shard; with `sharding="whole"` of the tensors
+        that it owns, gradients and parameters as in the last step.
         """
         return [
             diagnostics.figures(self._own(group)[0], self._group_state(group), probes, iterations)
@@ -399,16 +400,15 @@ class LODO(Optimizer):
         if self._is_broken_off:
             warn(NOT_WORTH_KEEPING)
         else:
+            self._groups.gather(list(filter(self._has_state, self.param_groups)), with_gradients=False)
             for group in self.param_groups:
                 if self._has_state(group):
                     self._group_state(group)  # starts what is missing, so that a state that lacks it has lost it
-        saved = super().state_dict()
-        saved["state"] = {key: contiguous(entry) for key, entry in saved["state"].items()}
-        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            if (owners := self._groups.owners(group)) is not None and self._has_state(group):
-                shown = owners.shown(self._group_state(group), self._own(group)[1])
-                saved["state"].update(zip(packed["params"], shown, strict=True))
-        return saved
+        first = self.register_state_dict_post_hook(_as_saved, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -426,6 +426,7 @@ class LODO(Optimizer):
         finally:
             last.remove()
         if self._has_new_networks:
+            self._groups.gather(list(filter(self._has_state, self.param_groups)), with_gradients=False)
             for group in self.param_groups:
                 if self._has_state(group):
                     self._group_state(group)
@@ -455,6 +456,21 @@ class LODO(Optimizer):
 
     def _group_state(self, group: dict[str, Any]) -> GroupState:
         return self._groups.live(group, self.state, self.param_groups)
+
+
+def _as_saved(optimizer: Any, state_dict: StateDict) -> None:
+    """The first post-hook of a state dict: tensors without gaps, and whole ones spread over the ranks of their owners,
+    unless one of them may be in the middle of a step."""
+    state, groups = state_dict["state"], optimizer._groups
+    for packed in state_dict["param_groups"]:
+        state.update((key, contiguous(state[key])) for key in packed["params"] if key in state)
+    if optimizer._is_broken_off:
+        return
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        if (owners := groups.owners(group)) is not None and groups.has_state(group, optimizer.state):
+            live = groups.live(group, optimizer.state, optimizer.param_groups)
+            shown = owners.shown(live, groups.own(group, optimizer.state)[1])
+            state.update(zip(packed["params"], shown, strict=True))
 
 
 def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:

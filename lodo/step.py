@@ -30,7 +30,6 @@ from lodo.context import Context
 from lodo.parts import Undone
 from lodo.parts.record import judged_share
 from lodo.scalars import Number, is_tensor, norm, where
-from lodo.state.flat import Mesh
 from lodo.state.group_state import GroupState, Together
 
 
@@ -222,10 +221,11 @@ def check_gradients(groups: Sequence[Mapping[str, Any]], lives: Sequence[GroupSt
         is_squared = bool(group["meta_lr"] > 0 and group["meta_optimizer"] == "adam")
         lr = live.counts.lr.get() / (1 - group["trace_decay"])
         verdicts.append(check_gradient(live.measure(), lr, live.flat.dtype, is_squared))
-    together: dict[Mesh, Number] = {}
-    for live, (is_sound, _) in zip(lives, verdicts, strict=True):
-        together[live.flat.mesh] = is_sound & together.get(live.flat.mesh, True)  # type: ignore[operator]
-    return [(together[live.flat.mesh], is_idle) for live, (_, is_idle) in zip(lives, verdicts, strict=True)]
+    together: dict[Any, Number] = {}
+    ranks = [live.flat.mesh if live.together is None else live.together.ranks for live in lives]
+    for own, (is_sound, _) in zip(ranks, verdicts, strict=True):
+        together[own] = is_sound & together.get(own, True)  # type: ignore[operator]
+    return [(together[own], is_idle) for own, (_, is_idle) in zip(ranks, verdicts, strict=True)]
 
 
 def check_gradient(energy: Number, lr: Number, dtype: torch.dtype, is_squared: bool) -> tuple[Number, Number]:

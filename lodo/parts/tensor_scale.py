@@ -203,7 +203,7 @@ class TensorScale(Part):
         return self.factors()
 
     def figures(self) -> dict[str, float]:
-        scales = self.table[0].exp()
+        scales = self.table[0][torch.tensor(self.layout.lengths, device="cpu").to(self.table.device) > 0].exp()
         return {"scale_min": float(scales.min()), "scale_max": float(scales.max())}
 
     def bind_kernel(self, group: Any) -> None:

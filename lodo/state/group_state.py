@@ -33,10 +33,12 @@ class Together(Protocol):
     Attributes:
         energy: the sum of squares of the gradients of all.
         size: the number of elements of all.
+        ranks: what groups have in common that are stepped on by the same ranks.
     """
 
-    energy: Number
+    energy: float
     size: int
+    ranks: Any
 
     def norm(self, vector: Tensor) -> Number:
         """The length of the vectors of all ranks together."""
@@ -367,14 +369,21 @@ class GroupState:
     def measure(self) -> Number:
         """The sum of squares of the gradient, in the unit that it calls for."""
         if self.record is None:
-            return energy(self.gradient) if self.together is None else self.together.energy
+            return energy(self.gradient) if self.together is None else self._energy_of_all()
         self.sizes = self.update.energies(self.gradient)
         total: Number = stacked(self.sizes).sum() if any(map(is_tensor, self.sizes)) else sum(self.sizes)
         if self.together is not None:
-            total = self.together.energy
+            total = self._energy_of_all()
         for part in self.parts:
             total = part.normalize(total)
         return total
+
+    def _energy_of_all(self) -> Number:
+        assert self.together is not None
+        step = self.tensors["step"]
+        if scalars.is_readable(step):
+            return self.together.energy
+        return torch.tensor(self.together.energy, dtype=scalars.wide(step.device), device=step.device)
 
     def begin(self, group: Mapping[str, Any], active: Number) -> Context:
         """Counts the step that is to be taken on the gradient that `measure` was called for."""

@@ -42,9 +42,11 @@ class LiveGroups:
         """Those of the tensors of a group; None if it has none."""
         if not are_owned(group):
             return None
-        owners = self._owners.get(group["params"][0])
-        if owners is None or not owners.fits(group["params"]):
-            owners = self._owners[group["params"][0]] = Owners(group["params"])
+        params = group["params"]
+        owners = self._owners.get(params[0])
+        if owners is None or not owners.fits(params):
+            former = next((each for each in self._owners.values() if each.shares(params)), None)
+            owners = self._owners[params[0]] = Owners(params, former)
         return owners
 
     def own(self, group: Group, state: State) -> tuple[Group, State]:
@@ -61,9 +63,9 @@ class LiveGroups:
         for finish in [owners.gather(with_gradients) for owners in self._all_owners(groups)]:
             finish()
 
-    def scatter(self, groups: Sequence[Group]) -> None:
-        """Brings the parameters back from their owners."""
-        for finish in [owners.scatter() for owners in self._all_owners(groups)]:
+    def scatter(self, groups: Sequence[Group], all_of_them: bool = False) -> None:
+        """Brings the parameters back from their owners: those with gradients, or all."""
+        for finish in [owners.scatter(all_of_them) for owners in self._all_owners(groups)]:
             finish()
 
     def mark(self, groups: Sequence[Group], state: State) -> None:
@@ -133,7 +135,9 @@ class LiveGroups:
             return live
         self._live.pop(first, None)  # what stands in `state` counts, should this break off half-way
         self.mark([group], state)
-        live = self.keep(group, GroupState(*self.own(group, state), together=self.owners(group)), groups)
+        if (owners := self.owners(group)) is not None:
+            owners.restore_(group, state)
+        live = self.keep(group, GroupState(*self.own(group, state), together=owners), groups)
         self.mark([group], state)
         return live
 
@@ -144,9 +148,8 @@ class LiveGroups:
         first = group["params"][0]
         self._live[first], self._fixed[first] = live, fixed_options(group)
         firsts = {each["params"][0] for each in groups if each["params"]}
-        for gone in self._live.keys() - firsts:  # exchanged for other parameters
-            del self._live[gone]
-            self._checked.pop(gone, None)
-            self._fixed.pop(gone, None)
-            self._owners.pop(gone, None)
+        known: list[dict[Tensor, Any]] = [self._live, self._owners, self._checked, self._fixed]
+        for each in known:
+            for gone in each.keys() - firsts:  # exchanged for other parameters
+                del each[gone]
         return live

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from lodo.state.checks import AsSaved, check_layout
-from lodo.state.layout import State
+from lodo.state.layout import State, slots_of
 from lodo.state.owners import ONE_PROCESS, Owners
 
 T = TypeVar("T")
@@ -30,24 +32,23 @@ class Loaded:
     ) -> None:
         check_layout(state_dict)
         state, saved_groups = dict(state_dict["state"]), list(state_dict["param_groups"])
-        self.groups = list(groups)
-        self._loaded, self._marks, self._fills = (
-            state_dict,
-            dict[Any, Any](),
-            list[tuple[Owners, dict[str, Any], set[str]]](),
-        )
-        self._loaded_groups = []
-        for index, (saved, group, owner) in enumerate(zip(saved_groups, groups, owners, strict=False)):
-            saved_groups[index] = here = {**saved, "sharding": group["sharding"]}
-            self._loaded_groups.append(here)
+        self.groups, self._loaded, self._loaded_groups = list(groups), state_dict, list(saved_groups)
+        self._owners: list[Owners] = []
+        self._marks: dict[Any, dict[str, Any]] = {}
+        for index, (saved, group, owner) in enumerate(zip(list(saved_groups), groups, owners, strict=False)):
+            here = {**saved, "sharding": group["sharding"]}
+            self._loaded_groups[index] = saved_groups[index] = here
             if owner is None or len(saved["params"]) != len(group["params"]):
                 continue
+            self._owners.append(owner)
             keys = saved["params"]
             entries = [state.pop(key, {}) for key in keys]
             state.update((key, entry) for key, entry in zip(keys, owner.taken(entries), strict=True) if entry)
-            self._marks.update({key: {"shards": AsSaved(owner.mark())} for key in keys if any(entries)})
-            self._fills.append((owner, {**group, **here}, _names_of(entries)))
-            saved_groups[index] = {**here, "params": [*(keys[place] for place in owner.places), f"nothing in {index}"]}
+            if any(entries):
+                marks = owner.marks(_names_of(entries, {**group, **here}))
+                self._marks.update((key, {name: AsSaved(mark) for name, mark in marks.items()}) for key in keys)
+            nothing = [f"nothing in {index}, {number}" for number in range(len(owner.empties))]
+            saved_groups[index] = {**here, "params": [*(keys[place] for place in owner.places), *nothing]}
             self.groups[index] = {**group, "params": owner.tensors}
         self.state_dict = {**state_dict, "state": state, "param_groups": saved_groups}
 
@@ -57,29 +58,28 @@ class Loaded:
         Raises:
             ValueError: it is, here or elsewhere.
         """
-        owners = [owner for owner, _, _ in self._fills]
         try:
             found = prepare()
         except Exception:
-            for owner in owners:
+            for owner in self._owners:
                 owner.agree(is_refused=True)
             raise
-        refused = [owner.agree(is_refused=False) for owner in owners]  # all of them: other ranks wait
+        refused = [owner.agree(is_refused=False) for owner in self._owners]  # all of them: other ranks wait
         if any(refused):
             raise ValueError("the state dict was refused by another rank, which says why")
         return found
 
     def completed(self, state: State) -> dict[str, Any]:
         """The state dict to load, of checked state: with marks for what other ranks have."""
-        for owner, options, names in self._fills:
-            owner.fill_(options, names)
-        groups = [*self._loaded_groups, *self._loaded["param_groups"][len(self._loaded_groups) :]]
-        return {**self._loaded, "param_groups": groups, "state": {**self._marks, **state}}
+        for owner in self._owners:
+            owner.forget()
+        return {**self._loaded, "param_groups": self._loaded_groups, "state": {**self._marks, **state}}
 
 
-def _names_of(entries: Sequence[Mapping[str, Any]]) -> set[str]:
-    """What is kept for parameters of which these entries were saved; nothing if of other shards, for then it begins
-    anew."""
-    if any("shards" in entry and tuple(entry["shards"].tolist()) != ONE_PROCESS for entry in entries):
-        return set()
-    return {name for entry in entries for name in entry}
+def _names_of(entries: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> set[str]:
+    """What goes on for parameters of which these entries were saved."""
+    names = {name for entry in entries for name in entry}
+    marks = [entry["shards"] for entry in entries if isinstance(entry.get("shards"), Tensor)]
+    if all(tuple(mark.flatten().tolist()) == ONE_PROCESS for mark in marks):
+        return names
+    return {slot.name for slot in slots_of(options, names) if slot.outlives_shards} & names  # of other shards

@@ -11,18 +11,17 @@ the state of one process, sharded evenly.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lodo.declarations import Kind, Slot
 from lodo.parts.average import ITERATE
 from lodo.parts.bases import LARGEST_VECTOR, sides_of
 from lodo.scalars import Number
+from lodo.state.exchange import Exchange, Finish
 from lodo.state.flat import FlatParameters
 from lodo.state.group_state import GroupState
 from lodo.state.layout import State, allocate, slots_of, views
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 PASSES = 32  # over the elements of a tensor, that a step takes besides the products with its bases
 
-Finish = Callable[[], None]
 Slices = tuple[slice, ...]
 
 ONE_PROCESS = (1, 0)
@@ -47,36 +45,37 @@ def are_owned(group: Mapping[str, Any]) -> bool:
     return group["sharding"] == "whole" and bool(params) and is_dtensor(params[0]) and params[0].device_mesh.size() > 1
 
 
-def owners_of(shapes: Sequence[torch.Size], ranks: int) -> list[int]:
-    """The rank that each tensor is given to, so that all have about as much to do: the longest first, each to whom has
-    the least. Vectors that share a full basis stay together."""
-    if all(len(shape) < 2 for shape in shapes) and sum(map(math.prod, shapes)) <= LARGEST_VECTOR:
-        return [0] * len(shapes)
-    costs = [
+def costs_of(shapes: Sequence[torch.Size]) -> list[int]:
+    """About how much there is to do for each tensor in a step."""
+    return [
         math.prod(shape) * (PASSES + sum(side.rank for side in sides))
         for shape, sides in zip(shapes, sides_of(shapes), strict=True)
     ]
-    loads, found = [0] * ranks, [0] * len(shapes)
-    for place in sorted(range(len(shapes)), key=lambda place: -costs[place]):
+
+
+def owners_of(shapes: Sequence[torch.Size], ranks: int, known: Mapping[int, int] | None = None) -> list[int]:
+    """The rank that each tensor is given to, so that all have about as much to do: the longest first, each to whom has
+    the least. Vectors that share a full basis stay together.
+
+    Args:
+        shapes: of all tensors of a group.
+        ranks: how many there are.
+        known: owners of some of them, by place, who keep them.
+    """
+    if is_small(shapes):
+        return [0] * len(shapes)
+    costs, loads, found = costs_of(shapes), [0] * ranks, dict(known or {})
+    for place, owner in found.items():
+        loads[owner] += costs[place]
+    for place in sorted(set(range(len(shapes))) - found.keys(), key=lambda place: (-costs[place], place)):
         found[place] = min(range(ranks), key=loads.__getitem__)
         loads[found[place]] += costs[place]
-    return found
+    return [found[place] for place in range(len(shapes))]
 
 
-@lru_cache(maxsize=64)
-def _ranks_of(mesh: "DeviceMesh") -> "tuple[dist.ProcessGroup, list[tuple[int, ...]]]":
-    """The ranks of a mesh as one process group, and their coordinates in the mesh, in the group's order."""
-    ranks = mesh.mesh.flatten().tolist()
-    group: dist.ProcessGroup | None
-    if mesh.ndim == 1:
-        group = mesh.get_group()
-    elif sorted(ranks) == list(range(dist.get_world_size())):
-        group = dist.group.WORLD
-    else:
-        group = dist.new_group(sorted(ranks), use_local_synchronization=True)
-    assert group is not None
-    found = [(mesh.mesh == rank).nonzero()[0].tolist() for rank in dist.get_process_group_ranks(group)]
-    return group, [tuple(coordinates) for coordinates in found]
+def is_small(shapes: Sequence[torch.Size]) -> bool:
+    """Whether a group is one of vectors that share a full basis (`lodo.parts.bases.sides_of`)."""
+    return all(len(shape) < 2 for shape in shapes) and sum(map(math.prod, shapes)) <= LARGEST_VECTOR
 
 
 def _placements(p: Tensor) -> "tuple[Placement, ...]":
@@ -89,206 +88,232 @@ class Owners:
 
     Args:
         params: DTensors.
+        former: of a group that had some of them: these keep their owners.
 
     Attributes:
-        tensors: what this rank works on: the whole tensors of its own parameters, and one without elements, so that no
-            rank has nothing, and that tells vectors of matrices elsewhere.
+        tensors: what this rank works on: the whole tensors of its own parameters, and one without elements for each
+            dtype in the group, so that no rank has nothing, all compute alike, and vectors know of matrices elsewhere.
         places: of its own parameters in the group.
-        has_gradients: whether any parameter with elements has a gradient on any rank, since the last `gather`.
-        energy: sum of squares of all gradients, since then.
+        ranks: what groups have in common that are stepped on by the same ranks.
+        has_gradients: whether any parameter with elements had a gradient on any rank at the last `gather` of them.
+        energy: sum of squares of all gradients, then.
         size: number of elements of all parameters.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], former: Optional["Owners"] = None) -> None:
         self._params = list(params)
         self.mesh: DeviceMesh = params[0].device_mesh  # type: ignore[attr-defined]
-        self.group, self.coordinates = _ranks_of(self.mesh)
-        self.rank = dist.get_rank(self.group)
-        shapes = [p.shape for p in params]
-        self.owners = owners_of(shapes, len(self.coordinates))
-        self.places = [place for place, owner in enumerate(self.owners) if owner == self.rank]
-        device = local(params[0]).device
+        device, shapes = local(params[0]).device, [p.shape for p in params]
+        is_same = former is not None and former.mesh is self.mesh and former.exchange.device == device
+        self.exchange: Exchange = former.exchange if former is not None and is_same else Exchange(self.mesh, device)
+        self.ranks = device, self.mesh
+        rank, coordinates = self.exchange.rank, self.exchange.coordinates
+        kept: dict[int, int] = former.owner_by_id if former is not None and is_same else {}
+        known = {place: kept[id(p)] for place, p in enumerate(params) if id(p) in kept}
+        self.owners = owners_of(shapes, len(coordinates), known)
+        self.owner_by_id: dict[int, int] = {id(p): owner for p, owner in zip(params, self.owners, strict=True)}
+        self.places = [place for place, owner in enumerate(self.owners) if owner == rank]
         wholes = [torch.zeros(shapes[place], dtype=params[place].dtype, device=device) for place in self.places]
-        is_vectors = all(len(shape) < 2 for shape in shapes) and self.owners == [0] * len(shapes)
-        self.nothing = torch.empty((0,) if is_vectors else (0, 0), dtype=params[0].dtype, device=device)
-        self.tensors = [*wholes, self.nothing]
-        self._of_nothing: dict[str, Any] = {}
-        self._elsewhere = torch.empty(0, device=device)
-        self._slices = [[slices_on(p.shape, _placements(p), self.mesh, at) for at in self.coordinates] for p in params]
+        shape = (0,) if is_small(shapes) else (0, 0)
+        dtypes = dict.fromkeys(p.dtype for p in params)
+        self.empties = [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
+        self.tensors = [*wholes, *self.empties]
+        self._of_empties: list[dict[str, Any]] = [{} for _ in self.empties]
+        self._slices = [[slices_on(p.shape, _placements(p), self.mesh, at) for at in coordinates] for p in params]
         # The replica that each owner has its gradients from is its own.
         self._sends = [
-            [self._is_sent(p, at, owner) for at in self.coordinates]
+            [_is_replica_of(p, at, coordinates[owner]) for at in coordinates]
             for p, owner in zip(params, self.owners, strict=True)
         ]
         self.size = sum(map(math.prod, shapes))
-        self.has_gradients = False
-        self.energy: Number = 0.0
+        self._has_gradient = [False] * len(params)
+        self.has_gradients, self.energy = False, 0.0
 
-    def _is_sent(self, p: Any, at: Sequence[int], owner: int) -> bool:
-        to = self.coordinates[owner]
-        return all(a == b for a, b, how in zip(at, to, p.placements, strict=True) if how.is_replicate())
+    @property
+    def wholes(self) -> list[Tensor]:
+        """The whole tensors of this rank's parameters, in the order of `places`."""
+        return self.tensors[: len(self.places)]
 
     def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether these are still the parameters that it was made for."""
-        return len(params) == len(self._params) and all(p is own for p, own in zip(params, self._params, strict=True))
+        if len(params) != len(self._params) or any(p is not own for p, own in zip(params, self._params, strict=True)):
+            return False
+        return local(params[0]).device == self.exchange.device
+
+    def shares(self, params: Sequence[Tensor]) -> bool:
+        """Whether any of these is among the parameters."""
+        return any(id(p) in self.owner_by_id for p in params)
 
     def work(self, group: dict[str, Any], state: State) -> tuple[dict[str, Any], State]:
         """A group as this rank works on it, and its state, whose entries are those of `optimizer.state`."""
-        own = [(whole, self._params[place]) for whole, place in zip(self.tensors, self.places, strict=False)]
+        own = [(whole, self._params[place]) for whole, place in zip(self.wholes, self.places, strict=True)]
         entries: State = {whole: state[p] for whole, p in own if p in state}
-        return {**group, "params": self.tensors}, {**entries, self.nothing: self._of_nothing}
+        return {**group, "params": self.tensors}, {**entries, **dict(zip(self.empties, self._of_empties, strict=True))}
+
+    # ---- what is in optimizer.state -------------------------------------------------------------------------------
 
     def mark_(self, state: State) -> None:
         """Tells in `optimizer.state` what other ranks have: under all names a tensor without elements, in the place of
         theirs. torch reads there which names there are."""
         for place, p in enumerate(self._params):
             entry = state[p]
-            if self.owners[place] != self.rank:
-                for name in [name for name, value in entry.items() if value is self._elsewhere]:
+            if self.owners[place] != self.exchange.rank:
+                for name in [name for name, value in entry.items() if is_placeholder(value)]:
                     del entry[name]
-                entry.update(dict.fromkeys(self._of_nothing, self._elsewhere))
+                entry.update((name, self._placeholder()) for name in self._of_empties[0])
             entry["shards"] = self.mark()
+
+    def marks(self, names: set[str]) -> dict[str, Tensor]:
+        """What is in the state of a parameter that another rank has, of which it keeps these."""
+        return {**{name: self._placeholder() for name in names}, "shards": self.mark()}
 
     def mark(self) -> Tensor:
         """What is in the state of every parameter."""
-        return torch.tensor(ONE_PROCESS, device=self.nothing.device)
+        return torch.tensor(ONE_PROCESS, device=self.exchange.device)
+
+    def _placeholder(self) -> Tensor:
+        return torch.empty(0, device=self.exchange.device)
+
+    def restore_(self, options: Mapping[str, Any], state: State) -> None:
+        """Gives the tensors without elements what parameters have: what is kept follows from what there is, and must be
+        alike on all ranks. With the counts of a parameter that is here, for then they are stepped on together."""
+        if any(self._of_empties):
+            return
+        names = {name for p in self._params for name in state.get(p, ())}
+        entries = [state.get(self._params[place], {}) for place in self.places]
+        example = next((entry for entry in entries if "step" in entry), {})
+        layout = FlatParameters(self.empties).layout
+        for slot in slots_of(options, names):
+            if slot.name not in names:
+                continue
+            tables = views(slot, allocate(slot, options, layout), layout)
+            for entry, own in zip(self._of_empties, tables, strict=True):
+                entry[slot.name] = own
+                if slot.kind is Kind.TABLE and slot.name in example:
+                    own.copy_(example[slot.name])
+
+    def forget(self) -> None:
+        """State was exchanged: what is known of it is no longer true."""
+        self._of_empties = [{} for _ in self.empties]
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def gather(self, with_gradients: bool = True) -> Finish:
         """Starts to bring the parameters, and their gradients, to their owners; what it returns waits for them.
 
-        A gradient that some ranks do not have is zero there.
+        A gradient that some ranks do not have is zero there. Where there is none at all nothing is sent.
         """
         gradients = [local_gradient(p) if with_gradients else None for p in self._params]
+        has_gradient = [False] * len(gradients)
         if with_gradients:
-            self._share_flags(gradients)
-        else:
-            self._has_gradient = [False] * len(self._params)
-        outgoing: list[list[Tensor]] = [[] for _ in self.coordinates]
+            has_gradient = self._share_flags(gradients)
+            if not self.has_gradients:
+                for whole in self.tensors:
+                    whole.grad = None
+                return lambda: None
+        outgoing, incoming = self.exchange.lists(), self.exchange.lists()
         for place, p in enumerate(self._params):
-            if self._sends[place][self.rank]:
+            if self._sends[place][self.exchange.rank]:
                 outgoing[self.owners[place]].append(local(p))
-                if self._has_gradient[place]:
+                if has_gradient[place]:
                     g = gradients[place]
                     outgoing[self.owners[place]].append(torch.zeros_like(local(p)) if g is None else g.to(p.dtype))
-        for own, place in zip(self.tensors, self.places, strict=False):
-            own.grad = torch.empty_like(own) if self._has_gradient[place] else None
-        self.nothing.grad = torch.empty_like(self.nothing) if self.has_gradients else None
-        incoming: list[list[Tensor]] = [[] for _ in self.coordinates]
-        for own, place in zip(self.tensors, self.places, strict=False):
+        for whole, place in zip(self.wholes, self.places, strict=True):
+            whole.grad = torch.empty_like(whole) if has_gradient[place] else None
             for rank, part in enumerate(self._slices[place]):
                 if self._sends[place][rank]:
-                    incoming[rank].append(own[part])
-                    if own.grad is not None:
-                        incoming[rank].append(own.grad[part])
-        return self._exchange(outgoing, incoming, {p.dtype for p in self._params})
+                    incoming[rank].append(whole[part])
+                    if whole.grad is not None:
+                        incoming[rank].append(whole.grad[part])
+        for empty in self.empties:
+            empty.grad = torch.empty_like(empty)
+        return self.exchange.start(outgoing, incoming, {p.dtype for p in self._params})
 
-    def _share_flags(self, gradients: Sequence[Tensor | None]) -> None:
+    def _share_flags(self, gradients: Sequence[Tensor | None]) -> list[bool]:
         """Tells all ranks which parameters have a gradient anywhere, and the sum of squares of all gradients."""
-        own = [g for place, g in enumerate(gradients) if g is not None and self._sends[place][self.rank]]
-        flags = [float(g is not None) for g in gradients]
-        told = torch.tensor([*flags, 0.0], dtype=torch.float64, device=self.nothing.device)
-        if own:
+        sent = [
+            g if self._sends[place][self.exchange.rank] else None for place, g in enumerate(gradients)
+        ]  # of replicas one
+        told = torch.tensor([*(float(g is not None) for g in sent), 0.0], dtype=torch.float64)
+        told = told.to(self.exchange.device)
+        if own := [g for g in sent if g is not None]:
             told[-1] = torch.stack(torch._foreach_norm(own, dtype=torch.float64)).square_().sum()
-        found = [torch.empty_like(told) for _ in self.coordinates]
-        dist.all_gather(found, told, group=self.group)
-        *flags, self.energy = torch.stack(found).sum(0).tolist()
+        *flags, self.energy = self.exchange.sums(told)
         self._has_gradient = [flag > 0 for flag in flags]
         self.has_gradients = any(has and p.numel() > 0 for has, p in zip(self._has_gradient, self._params, strict=True))
+        return self._has_gradient
 
-    def scatter(self) -> Finish:
-        """Starts to bring the whole tensors back into the shards; what it returns waits for them."""
-        return self._spread(self.tensors[:-1], [local(p) for p in self._params], self._slices)
+    def scatter(self, all_of_them: bool = False) -> Finish:
+        """Starts to bring the whole tensors back into the shards, those that had a gradient at the last `gather` of
+        them, or all; what it returns waits for them."""
+        places = [place for place, has in enumerate(self._has_gradient) if has or all_of_them]
+        wholes = {place: whole for whole, place in zip(self.wholes, self.places, strict=True) if place in places}
+        shards = {place: local(self._params[place]) for place in places}
+        return self._spread(wholes, shards, self._slices)
 
-    def _spread(self, wholes: Sequence[Tensor], shards: Sequence[Tensor], slices: Sequence[Sequence[Slices]]) -> Finish:
-        """From the owners to all ranks: a tensor for each own parameter into one for each parameter.
+    def _spread(
+        self, wholes: Mapping[int, Tensor], shards: Mapping[int, Tensor], slices: Sequence[Sequence[Slices]]
+    ) -> Finish:
+        """From the owners to all ranks: whole tensors into shards, by place.
 
         Args:
-            wholes: for the own parameters.
-            shards: for all parameters.
+            wholes: of those places that are this rank's.
+            shards: of all that are meant.
             slices: for all parameters, the part that each rank is to have, of the last dimensions.
         """
-        outgoing: list[list[Tensor]] = [[] for _ in self.coordinates]
-        for whole, place in zip(wholes, self.places, strict=True):
+        outgoing, incoming = self.exchange.lists(), self.exchange.lists()
+        for place, whole in wholes.items():
             for rank, part in enumerate(slices[place]):
                 index: Any = (..., *part)
                 outgoing[rank].append(whole[index])
-        incoming: list[list[Tensor]] = [[] for _ in self.coordinates]
-        for shard, owner in zip(shards, self.owners, strict=True):
-            incoming[owner].append(shard)
-        return self._exchange(outgoing, incoming, {shard.dtype for shard in shards})
-
-    def _exchange(
-        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], dtypes: set[torch.dtype]
-    ) -> Finish:
-        """Sends tensors to each rank, and fills those that come from each: alike there in number, order and shape. One
-        all-to-all for each dtype, as bytes."""
-        pending = []
-        for dtype in sorted(dtypes, key=str):
-            sent = [[t.reshape(-1) for t in each if t.dtype == dtype] for each in outgoing]
-            wanted = [[t for t in each if t.dtype == dtype] for each in incoming]
-            pending.append(self._send(sent, wanted, dtype))
-
-        def finish() -> None:
-            for work, _, received, targets in pending:
-                work.wait()
-                parts = received.split([target.numel() for target in targets])
-                for target, part in zip(targets, parts, strict=True):
-                    target.copy_(part.view(target.shape))
-
-        return finish
-
-    def _send(
-        self, sent: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]], dtype: torch.dtype
-    ) -> tuple[Any, Tensor, Tensor, list[Tensor]]:
-        targets = [t for each in wanted for t in each]
-        nothing = torch.empty(0, dtype=dtype, device=self.nothing.device)
-        packed = torch.cat([nothing, *(t for each in sent for t in each)])
-        received = packed.new_empty(sum(t.numel() for t in targets))
-        work = dist.all_to_all_single(
-            received.view(torch.uint8),
-            packed.view(torch.uint8),
-            [dtype.itemsize * sum(t.numel() for t in each) for each in wanted],
-            [dtype.itemsize * sum(t.numel() for t in each) for each in sent],
-            group=self.group,
-            async_op=True,
-        )
-        return work, packed, received, targets  # what is sent has to stay until then
+        for place, shard in shards.items():
+            incoming[self.owners[place]].append(shard)
+        return self.exchange.start(outgoing, incoming, {shard.dtype for shard in shards.values()})
 
     def norm(self, vector: Tensor) -> Number:
-        """The length of the vectors of all ranks together."""
-        square = torch.linalg.vector_norm(vector, dtype=torch.float64).square_().reshape(1)
-        dist.all_reduce(square, group=self.group)
-        return float(square) ** 0.5
+        """The length of the vectors of all ranks together. The host waits."""
+        (square,) = self.exchange.sums(torch.linalg.vector_norm(vector, dtype=torch.float64).square_().reshape(1))
+        return square**0.5
 
     # ---- state dicts ----------------------------------------------------------------------------------------------
 
     def shown(self, live: GroupState, state: State) -> list[dict[str, Any]]:
         """The state of all parameters, spread over the ranks: what is shaped like a parameter as that is, packed
-        tensors evenly, and all of what is small. All ranks must ask together."""
+        tensors evenly, and all of what is small. All ranks must ask together.
+
+        Args:
+            live: of the group as this rank works on it.
+            state: of it, as of `work`.
+        """
         found: list[dict[str, Any]] = [{"shards": self.mark()} for _ in self._params]
-        shapes = [p.shape for p in self._params]
-        at_averages = [ITERATE] if ITERATE.name in self._of_nothing and ITERATE not in live.layout.slots else []
-        for slot in (*live.layout.slots, *at_averages):
-            own = [state[whole][slot.name] for whole in self.tensors[:-1]]
-            tensor = self._of_nothing[slot.name]
-            if slot.kind is Kind.ELEMENTS:
-                slices, wholes = self._slices, [(*slot.shape, *shape) for shape in shapes]
-            elif slot.kind is Kind.PACKED:
-                wholes = [(size,) for size in slot.room([shapes])]
-                slices = [[slices_on(size, self._even, self.mesh, at) for at in self.coordinates] for size in wholes]
-            else:
-                slices, wholes = [[()] * len(self.coordinates) for _ in shapes], [slot.shape for _ in shapes]
-            lead = len(slot.shape) if slot.kind is Kind.ELEMENTS else 0
-            shards = [
-                tensor.new_empty((*whole[:lead], *size_of(whole[lead:], part[self.rank])))
-                for whole, part in zip(wholes, slices, strict=True)
-            ]
+        extra = [ITERATE] if ITERATE.name in self._of_empties[0] and ITERATE not in live.layout.slots else []
+        for slot in (*live.layout.slots, *extra):
+            dtype = self._of_empties[0][slot.name].dtype
+            shapes, slices = self._spread_of(slot)
+            shards = {
+                place: torch.empty(
+                    (*shape[: len(shape) - len(part)], *sizes_of(part)), dtype=dtype, device=self.exchange.device
+                )
+                for place, (shape, part) in enumerate(
+                    zip(shapes, (each[self.exchange.rank] for each in slices), strict=True)
+                )
+            }
+            own = {place: state[whole][slot.name] for whole, place in zip(self.wholes, self.places, strict=True)}
             self._spread(own, shards, slices)()
-            for place, shard in enumerate(shards):
-                found[place][slot.name] = self._as_dtensor(slot, shard, place, wholes[place])
+            for place, shard in shards.items():
+                found[place][slot.name] = self._as_dtensor(slot, shard, place, shapes[place])
         return found
+
+    def _spread_of(self, slot: Slot) -> tuple[list[tuple[int, ...]], Sequence[Sequence[Slices]]]:
+        """The whole shape of each parameter's tensor, and the part of its last dimensions that each rank has in a state
+        dict; of tables all."""
+        coordinates = self.exchange.coordinates
+        if slot.kind is Kind.ELEMENTS:
+            return [(*slot.shape, *p.shape) for p in self._params], self._slices
+        if slot.kind is Kind.PACKED:
+            sizes = [(size,) for size in slot.room([[p.shape for p in self._params]])]
+            return list(sizes), [[slices_on(size, self._even, self.mesh, at) for at in coordinates] for size in sizes]
+        return [slot.shape for _ in self._params], [[()] * len(coordinates) for _ in self._params]
 
     @property
     def _even(self) -> "list[Placement]":
@@ -311,27 +336,28 @@ class Owners:
         found: list[dict[str, Any]] = [{} for _ in entries]
         for place, entry in enumerate(entries):
             for name, value in sorted(entry.items()):
-                whole = value.full_tensor() if is_dtensor(value) else value
-                if self.owners[place] == self.rank:
+                whole = value
+                if is_dtensor(value):  # to the device first: one that was offloaded has no process group where it is
+                    there: Any = value.to(self.exchange.device)
+                    whole = there.full_tensor()
+                if self.owners[place] == self.exchange.rank:
                     found[place][name] = whole
         return found
 
-    def fill_(self, options: Mapping[str, Any], names: set[str]) -> None:
-        """Gives the tensor without elements all that parameters have, of which these entries were saved: what is kept
-        follows from what there is, and must be alike on all ranks."""
-        layout = FlatParameters([self.nothing]).layout
-        slots = slots_of(options, names) if "step" in names else ()
-        self._of_nothing = {slot.name: views(slot, allocate(slot, options, layout), layout)[0] for slot in slots}
-
     def agree(self, is_refused: bool) -> bool:
         """Whether any rank has refused something."""
-        flag = torch.tensor([float(is_refused)], device=self.nothing.device)
-        dist.all_reduce(flag, group=self.group)
-        return bool(flag)
+        return self.exchange.sums(torch.tensor([float(is_refused)], device=self.exchange.device))[0] > 0
 
 
-def size_of(whole: Sequence[int], part: Slices) -> list[int]:
-    """The shape of a part of a tensor."""
-    return (
-        [len(range(*each.indices(length))) for each, length in zip(part, whole, strict=True)] if part else list(whole)
-    )
+def _is_replica_of(p: Tensor, at: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether ranks with these coordinates are in the same replica of a parameter."""
+    return all(a == b for a, b, how in zip(at, to, _placements(p), strict=True) if how.is_replicate())
+
+
+def is_placeholder(value: Any) -> bool:
+    """Whether it stands in the place of what another rank has."""
+    return isinstance(value, Tensor) and tuple(value.shape) == (0,)
+
+
+def sizes_of(part: Slices) -> list[int]:
+    return [each.stop - each.start for each in part]

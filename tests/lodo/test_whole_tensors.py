@@ -1,6 +1,8 @@
 """Whole tensors on several ranks (`sharding="whole"`): what one process does, whatever the number of ranks."""
 
+import copy
 import math
+import os
 import warnings
 
 import pytest
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lodo
+from lodo import scalars
 from lodo.state.owners import owners_of
 from lodo.state.sharding import slices_on
 from tests.helpers.distributed_runs import assert_same, whole
@@ -289,7 +292,7 @@ def bad_gradients():
     if dist.get_rank() == 1:
         model.blocks[0].up.weight.grad.to_local().fill_(math.nan)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # only ranks that own something count skips
+        warnings.simplefilter("ignore")  # of the skipped step
         optimizer.step()
     after = everything(model, optimizer)
     assert all(int(entry.pop("skipped_steps")) == 1 for entry in after["state"].values())
@@ -327,3 +330,104 @@ def refusals():
 
 def test_what_it_cannot_do_is_refused():
     assert run(2, refusals) == [True, True]
+
+
+# ---- each kind of use, beside one process with the same gradients ----------------------------------------------------
+
+
+def mixed(kind):
+    """Two dtypes in one group, a frozen parameter, a group of its own with another lr, an lr that is a tensor."""
+    shapes = [((6, 4), torch.float32), ((4, 6), torch.float64), ((5, 3), torch.bfloat16), ((7,), torch.float32)]
+    mesh = None if kind is None else init_device_mesh("cpu", (dist.get_world_size(),))
+    found = []
+    for index, (shape, dtype) in enumerate(shapes * 2):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(index)).to(dtype)
+        found.append(nn.Parameter(x if mesh is None else distributed(x, mesh), requires_grad=index != 3))
+    return found, mesh
+
+
+def step_mixed(params, optimizer, count, keys=None, closure=None):
+    for key, p in zip(keys or range(len(params)), params, strict=True):
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * count + key)).to(p.dtype)
+        g = sharded_like(p, g) if isinstance(p, DTensor) else g
+        p.grad = g if p.requires_grad and (key + count) % 4 else None
+    return optimizer.step(closure)
+
+
+def uses(kind):
+    """Parameters after all that people do with optimizers, and how many groups there are."""
+    params, mesh = mixed(kind)
+    lr = torch.tensor(2e-3)
+    groups = [{"params": params[:5], "maximize": True}, {"params": params[5:], "lr": lr}]
+    optimizer = lodo.AutoLODO(groups, base="adam", sharding="whole")
+    for count in range(6):
+        assert step_mixed(params, optimizer, count, closure=lambda: 3.0) == 3.0
+    lr.fill_(1e-3)
+    optimizer.param_groups[0]["average_share"] = 0.5
+    for count in range(6, 9):
+        step_mixed(params, optimizer, count)
+    keys = list(range(len(params)))
+    x = torch.ones(3, 4)
+    params.append(nn.Parameter(x if mesh is None else distributed(x, mesh)))
+    keys.append(20)
+    optimizer.add_param_group({"params": params[-1:]})
+    for place in (1, 2, 5):  # exchanged: these start anew, and the others go on
+        group = next(group for group in optimizer.param_groups if any(p is params[place] for p in group["params"]))
+        new = nn.Parameter(params[place].detach().clone())
+        group["params"] = [new if p is params[place] else p for p in group["params"]]
+        optimizer.state.pop(params[place], None)
+        params[place] = new
+    for count in range(9, 12):
+        step_mixed(params, optimizer, count, keys)
+    optimizer.eval()
+    for p in params:
+        p.grad = None
+    params, optimizer = copy.deepcopy((params, optimizer))
+    averages = [whole(p) for p in params]
+    assert optimizer.is_at_averages
+    optimizer.train()
+    for count in range(12, 16):
+        step_mixed(params, optimizer, count, keys)
+    optimizer.param_groups[0]["average_share"] = None
+    saved = optimizer.state_dict()
+    for p in params:  # torch cannot copy gradients that are DTensors
+        p.grad = None
+    again, other = copy.deepcopy((params, optimizer))
+    other.load_state_dict(saved)
+    step_mixed(again, other, 16, keys)
+    step_mixed(params, optimizer, 16, keys)
+    for p, q in zip(params, again, strict=True):
+        assert torch.equal(whole(p), whole(q))
+    return averages, [whole(p) for p in params]
+
+
+def uses_on_ranks():
+    return uses("fsdp")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_kinds_of_use_are_as_on_one_process(world):
+    expected = uses(None)
+    for found in run(world, uses_on_ranks):
+        for own, other in zip(found, expected, strict=True):
+            assert_same(list(own), list(other))
+
+
+def with_scalars_on_the_device(kind, names):
+    """As on an accelerator."""
+    os.environ["LODO_NATIVE"] = "0"
+    readable = scalars.is_readable
+    scalars.is_readable = lambda tensor: False
+    try:
+        return results_on_given_gradients(kind, names)
+    finally:
+        scalars.is_readable = readable
+        del os.environ["LODO_NATIVE"]
+
+
+def test_scalars_may_be_on_the_device():
+    expected = with_scalars_on_the_device(None, ["plain", "adam"])
+    for found in run(2, with_scalars_on_the_device, "fsdp", ["plain", "adam"]):
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(own["model"], other["model"], rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(found[2]["model"], expected[2]["model"], rtol=0, atol=1e-12)
