@@ -122,7 +122,7 @@ def report(counts: dict[tuple[int, int], dict[str, tuple[int, int]]]) -> str:
         f"`python -m benchmarks.communication`, torch {torch.__version__}, lodo source {source_hash()}. Kilobytes "
         "(1,000 bytes) that the rank which sends most sends to others in a training step of a GPT in float32, counted: "
         "FSDP2 itself (parameters gathered for the forward and the backward pass, gradients scattered), and the step "
-        "of AutoLODO, local or with whole tensors. Work: that of the busiest owner, as it is estimated to share tensors "
+        "of AutoLODO, local or with whole tensors. Work: that of the busiest owner, as estimated to share tensors "
         "out, over the mean.",
         "",
         "| parameters | ranks | FSDP2 | local | whole | whole / FSDP2 | work |",

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from lodo.options import OPTIONS
 from lodo.state.checks import AsSaved, check_layout
 from lodo.state.layout import State, slots_of
 from lodo.state.owners import ONE_PROCESS, Owners
@@ -24,7 +25,7 @@ class Loaded:
         owners: of each of them, None for those that have none.
 
     Raises:
-        ValueError: it is no state dict of a torch optimizer.
+        ValueError: it is no state dict of a torch optimizer, or has a `sharding` that there is not.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Loaded:
         self._owners: list[Owners] = []
         self._marks: dict[Any, dict[str, Any]] = {}
         for index, (saved, group, owner) in enumerate(zip(list(saved_groups), groups, owners, strict=False)):
+            OPTIONS["sharding"].check("sharding", saved.get("sharding", group["sharding"]))
             here = {**saved, "sharding": group["sharding"]}
             self._loaded_groups[index] = saved_groups[index] = here
             if owner is None or len(saved["params"]) != len(group["params"]):

@@ -368,6 +368,7 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "max_condition": (wrong_numbers | st.floats(0, 1, exclude_max=True)).filter(lambda value: value is not None),
     "maximize": st.sampled_from((None, 0, 1, "yes", np.bool_(True), torch.tensor(True))),
     "capturable": st.sampled_from((None, 0, 1, "yes", np.bool_(True), torch.tensor(True))),
+    "sharding": st.sampled_from((None, "", "Local", "owners", 1, True)),
     "seed": no_integers | st.integers(max_value=-1) | st.none(),
 }
 wrong_options = st.sampled_from(sorted(WRONG)).flatmap(lambda name: st.tuples(st.just(name), WRONG[name]))
