@@ -123,7 +123,7 @@ def figures(group: dict[str, Any], live: GroupState, probes: int, iterations: in
     live.momentum.load_()
     if flat.size == 0:
         return {}  # of a sharded group: this rank has nothing of it
-    moves = [p.grad is not None for p in params]
+    moves = [p.grad is not None and p.numel() > 0 for p in params]
     moves = moves if any(moves) else [True] * len(moves)
     lr, at = float(group["lr"]), live.resting()
     last_lr = at.per_element(lambda cohort: cohort.last_lr, live.gradient) if network.is_elementwise else at.last_lr

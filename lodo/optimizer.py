@@ -204,7 +204,7 @@ class LODO(Optimizer):
     @property
     def is_at_averages(self) -> bool:
         """Whether `eval` has put the parameters at their averages."""
-        return any(averages.are_shown(*self._own(group)) for group in self.param_groups)
+        return any(averages.are_shown(group, self.state) for group in self.param_groups)
 
     @property
     def preconditioners(self) -> list[Operator | None]:
@@ -222,7 +222,7 @@ class LODO(Optimizer):
         or without averages, it does nothing: tools that know such methods, as Hugging Face's Trainer does, may call it.
         """
         asked = [group for group in self.param_groups if group["average_share"] is not None and self._has_state(group)]
-        hidden = [group for group in asked if not averages.are_shown(*self._own(group))]
+        hidden = [group for group in asked if not averages.are_shown(group, self.state)]
         self._groups.gather(hidden, with_gradients=False)
         averages.show_([(self._group_state(group), *self._own(group)) for group in hidden])
         self._groups.scatter(hidden, all_of_them=True)
@@ -232,7 +232,7 @@ class LODO(Optimizer):
     @torch.no_grad()
     def train(self) -> None:
         """Puts the parameters back, bit for bit, after `eval`, whatever was written into them since."""
-        shown = [group for group in self.param_groups if averages.are_shown(*self._own(group))]
+        shown = [group for group in self.param_groups if averages.are_shown(group, self.state)]
         for group in shown:
             averages.hide_(self._group_state(group), *self._own(group))
         self._groups.scatter(shown, all_of_them=True)
@@ -328,7 +328,7 @@ class LODO(Optimizer):
         must_wait = self._is_broken_off and not self._groups.are_replaced(self.param_groups, self.state)
         if must_wait and any(group["lr"] != 0 for group in self.param_groups):
             raise RuntimeError(BROKEN_OFF)
-        averages.refuse_shown(map(self._own, self.param_groups))
+        averages.refuse_shown(self.param_groups, self.state)
         is_captured = self._is_captured()
         loss = None
         if closure is not None:
@@ -436,7 +436,9 @@ class LODO(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of an optimizer that must not go on must not either.
-        return {**super().__getstate__(), **({"_is_broken_off": True} if self._is_broken_off else {})}
+        broken = {"_is_broken_off": True} if self._is_broken_off else {}
+        ranks = self._groups.owner_ranks(self.param_groups)
+        return {**super().__getstate__(), **broken, **({"_owner_ranks": ranks} if any(ranks) else {})}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         unwrap(saved["state"])  # copies, so it comes before anything has changed: memory may run out
@@ -446,7 +448,8 @@ class LODO(Optimizer):
         for group in self.param_groups:
             for name, option in OPTIONS.items():
                 group.setdefault(name, self.defaults.get(name, option.default))
-        self._groups = LiveGroups(getattr(self, "_groups", None), self.param_groups, self.state)
+        ranks = self.__dict__.pop("_owner_ranks", ())
+        self._groups = LiveGroups(getattr(self, "_groups", None), self.param_groups, self.state, ranks)
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         return self._groups.has_state(group, self.state)
@@ -479,5 +482,6 @@ def _check_and_wrap(optimizer: Any, state_dict: StateDict) -> StateDict | None:
     prepared = loaded.checked(lambda: prepare_state_dict(loaded.state_dict, loaded.groups, optimizer.defaults))
     if prepared is None:
         return None  # torch refuses this itself
-    optimizer._has_new_networks, optimizer._has_momentum_alone = prepared.has_new_networks, prepared.has_lost_networks
+    optimizer._has_new_networks = loaded.anywhere(prepared.has_new_networks)
+    optimizer._has_momentum_alone = prepared.has_lost_networks
     return loaded.completed(prepared.state)

@@ -26,9 +26,9 @@ def are_shown(group: Mapping[str, Any], state: State) -> bool:
     return any(ITERATE.name in state.get(p, ()) for p in group["params"])
 
 
-def refuse_shown(groups: Iterable[tuple[Mapping[str, Any], State]]) -> None:
+def refuse_shown(groups: Iterable[Mapping[str, Any]], state: State) -> None:
     """Raises a RuntimeError if the parameters of a group are at their averages."""
-    if any(are_shown(group, state) for group, state in groups):
+    if any(are_shown(group, state) for group in groups):
         raise RuntimeError(AT_AVERAGES)
 
 

@@ -11,6 +11,7 @@ from lodo.state.flat import has_gradients
 from lodo.state.group_state import GroupState, has_state
 from lodo.state.layout import State, slots_of
 from lodo.state.owners import Owners, are_owned
+from lodo.state.sharding import local
 
 Group = dict[str, Any]
 
@@ -22,16 +23,26 @@ class LiveGroups:
     Args:
         former: of the same optimizer, before its state was exchanged.
         groups, state: of the optimizer, if there is state.
+        owners: of the parameters of each group, as `owner_ranks` gives them, of the optimizer that this is a copy of.
     """
 
     def __init__(
-        self, former: Optional["LiveGroups"] = None, groups: Sequence[Group] = (), state: State | None = None
+        self,
+        former: Optional["LiveGroups"] = None,
+        groups: Sequence[Group] = (),
+        state: State | None = None,
+        owners: Sequence[Sequence[int]] = (),
     ) -> None:
         # All by the first parameter of a group.
         self._live: dict[Tensor, GroupState] = {}
         self._owners: dict[Tensor, Owners] = {} if former is None else former._owners
         self._checked: dict[Tensor, tuple[Any, ...]] = {}
         self._fixed: dict[Tensor, dict[str, Any]] = {}  # the options of groups with state that may not change
+        for group, ranks in zip(groups, owners, strict=False):
+            if ranks:
+                self._owners[group["params"][0]] = Owners(
+                    group["params"], dict(zip(map(id, group["params"]), ranks, strict=True))
+                )
         for group in groups:
             if group["params"] and self.has_state(group, {} if state is None else state):
                 self._fixed[group["params"][0]] = fixed_options(group)
@@ -45,9 +56,17 @@ class LiveGroups:
         params = group["params"]
         owners = self._owners.get(params[0])
         if owners is None or not owners.fits(params):
-            former = next((each for each in self._owners.values() if each.shares(params)), None)
-            owners = self._owners[params[0]] = Owners(params, former)
+            known = {key: rank for each in self._owners.values() for key, rank in each.by_id.items()}
+            mesh, device = params[0].device_mesh, local(params[0]).device
+            exchanges = [each.exchange for each in self._owners.values() if each.ranks == (device, mesh)]
+            owners = self._owners[params[0]] = Owners(params, known, next(iter(exchanges), None))
         return owners
+
+    def owner_ranks(self, groups: Sequence[Group]) -> list[list[int]]:
+        """The owner of each parameter of each group; none where they have none. A copy of the optimizer goes on with
+        them."""
+        found = [self.owners(group) for group in groups]
+        return [[] if owners is None else owners.owners for owners in found]
 
     def own(self, group: Group, state: State) -> tuple[Group, State]:
         """A group as this rank works on it, and its state: the whole tensors that are this rank's, if they have
@@ -86,7 +105,7 @@ class LiveGroups:
     def has_state(self, group: Group, state: State) -> bool:
         """Whether there is state for a group, on any rank if it has owners."""
         if are_owned(group):
-            return any("shards" in state.get(p, ()) for p in group["params"])
+            return any(not {"shards", "momentum"}.isdisjoint(state.get(p, ())) for p in group["params"])
         return has_state(group["params"], state)
 
     def check_changes(self, group: Group) -> None:
@@ -134,9 +153,9 @@ class LiveGroups:
         if live is not None and self._is_up_to_date(live, group, state):
             return live
         self._live.pop(first, None)  # what stands in `state` counts, should this break off half-way
-        self.mark([group], state)
         if (owners := self.owners(group)) is not None:
             owners.restore_(group, state)
+        self.mark([group], state)
         live = self.keep(group, GroupState(*self.own(group, state), together=owners), groups)
         self.mark([group], state)
         return live

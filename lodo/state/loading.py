@@ -47,8 +47,10 @@ class Loaded:
             entries = [state.pop(key, {}) for key in keys]
             state.update((key, entry) for key, entry in zip(keys, owner.taken(entries), strict=True) if entry)
             if any(entries):
-                marks = owner.marks(_names_of(entries, {**group, **here}))
-                self._marks.update((key, {name: AsSaved(mark) for name, mark in marks.items()}) for key in keys)
+                names = _names_of(entries, {**group, **here})
+                for key, rank in zip(keys, owner.owners, strict=True):
+                    marks = owner.marks(set() if rank == owner.exchange.rank else names)
+                    self._marks[key] = {name: AsSaved(mark) for name, mark in marks.items()}
             nothing = [f"nothing in {index}, {number}" for number in range(len(owner.empties))]
             saved_groups[index] = {**here, "params": [*(keys[place] for place in owner.places), *nothing]}
             self.groups[index] = {**group, "params": owner.tensors}
@@ -63,13 +65,15 @@ class Loaded:
         try:
             found = prepare()
         except Exception:
-            for owner in self._owners:
-                owner.agree(is_refused=True)
+            self.anywhere(True)
             raise
-        refused = [owner.agree(is_refused=False) for owner in self._owners]  # all of them: other ranks wait
-        if any(refused):
+        if self.anywhere(False):
             raise ValueError("the state dict was refused by another rank, which says why")
         return found
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether something is so on any rank."""
+        return any([flag, *(owner.agree(flag) for owner in self._owners)])
 
     def completed(self, state: State) -> dict[str, Any]:
         """The state dict to load, of checked state: with marks for what other ranks have."""
@@ -84,4 +88,5 @@ def _names_of(entries: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) 
     marks = [entry["shards"] for entry in entries if isinstance(entry.get("shards"), Tensor)]
     if all(tuple(mark.flatten().tolist()) == ONE_PROCESS for mark in marks):
         return names
-    return {slot.name for slot in slots_of(options, names) if slot.outlives_shards} & names  # of other shards
+    known = {str(name).partition("_in_")[0] for name in names}  # of other shards
+    return {slot.name for slot in slots_of(options, known) if slot.outlives_shards} & names

@@ -12,7 +12,7 @@ the state of one process, sharded evenly.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,15 +55,13 @@ def costs_of(shapes: Sequence[torch.Size]) -> list[int]:
 
 def owners_of(shapes: Sequence[torch.Size], ranks: int, known: Mapping[int, int] | None = None) -> list[int]:
     """The rank that each tensor is given to, so that all have about as much to do: the longest first, each to whom has
-    the least. Vectors that share a full basis stay together.
+    the least.
 
     Args:
         shapes: of all tensors of a group.
         ranks: how many there are.
         known: owners of some of them, by place, who keep them.
     """
-    if is_small(shapes):
-        return [0] * len(shapes)
     costs, loads, found = costs_of(shapes), [0] * ranks, dict(known or {})
     for place, owner in found.items():
         loads[owner] += costs[place]
@@ -74,7 +72,7 @@ def owners_of(shapes: Sequence[torch.Size], ranks: int, known: Mapping[int, int]
 
 
 def is_small(shapes: Sequence[torch.Size]) -> bool:
-    """Whether a group is one of vectors that share a full basis (`lodo.parts.bases.sides_of`)."""
+    """Whether a group is one of vectors that have full bases (`lodo.parts.bases.sides_of`)."""
     return all(len(shape) < 2 for shape in shapes) and sum(map(math.prod, shapes)) <= LARGEST_VECTOR
 
 
@@ -88,7 +86,8 @@ class Owners:
 
     Args:
         params: DTensors.
-        former: of a group that had some of them: these keep their owners.
+        known: the owners of parameters that had one, by their ids: who keep them.
+        exchange: of their mesh, if there is one.
 
     Attributes:
         tensors: what this rank works on: the whole tensors of its own parameters, and one without elements for each
@@ -100,18 +99,17 @@ class Owners:
         size: number of elements of all parameters.
     """
 
-    def __init__(self, params: Sequence[Tensor], former: Optional["Owners"] = None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], known: Mapping[int, int] | None = None, exchange: Exchange | None = None
+    ) -> None:
         self._params = list(params)
         self.mesh: DeviceMesh = params[0].device_mesh  # type: ignore[attr-defined]
         device, shapes = local(params[0]).device, [p.shape for p in params]
-        is_same = former is not None and former.mesh is self.mesh and former.exchange.device == device
-        self.exchange: Exchange = former.exchange if former is not None and is_same else Exchange(self.mesh, device)
+        self.exchange = Exchange(self.mesh, device) if exchange is None else exchange
         self.ranks = device, self.mesh
         rank, coordinates = self.exchange.rank, self.exchange.coordinates
-        kept: dict[int, int] = former.owner_by_id if former is not None and is_same else {}
-        known = {place: kept[id(p)] for place, p in enumerate(params) if id(p) in kept}
-        self.owners = owners_of(shapes, len(coordinates), known)
-        self.owner_by_id: dict[int, int] = {id(p): owner for p, owner in zip(params, self.owners, strict=True)}
+        kept = {place: known[id(p)] for place, p in enumerate(params) if known and id(p) in known}
+        self.owners = owners_of(shapes, len(coordinates), kept)
         self.places = [place for place, owner in enumerate(self.owners) if owner == rank]
         wholes = [torch.zeros(shapes[place], dtype=params[place].dtype, device=device) for place in self.places]
         shape = (0,) if is_small(shapes) else (0, 0)
@@ -140,9 +138,10 @@ class Owners:
             return False
         return local(params[0]).device == self.exchange.device
 
-    def shares(self, params: Sequence[Tensor]) -> bool:
-        """Whether any of these is among the parameters."""
-        return any(id(p) in self.owner_by_id for p in params)
+    @property
+    def by_id(self) -> dict[int, int]:
+        """The owners by the ids of the parameters, which it keeps alive."""
+        return {id(p): owner for p, owner in zip(self._params, self.owners, strict=True)}
 
     def work(self, group: dict[str, Any], state: State) -> tuple[dict[str, Any], State]:
         """A group as this rank works on it, and its state, whose entries are those of `optimizer.state`."""
@@ -219,13 +218,14 @@ class Owners:
                     g = gradients[place]
                     outgoing[self.owners[place]].append(torch.zeros_like(local(p)) if g is None else g.to(p.dtype))
         for whole, place in zip(self.wholes, self.places, strict=True):
-            whole.grad = torch.empty_like(whole) if has_gradient[place] else None
+            if with_gradients:
+                whole.grad = torch.empty_like(whole) if has_gradient[place] else None
             for rank, part in enumerate(self._slices[place]):
                 if self._sends[place][rank]:
                     incoming[rank].append(whole[part])
-                    if whole.grad is not None:
+                    if has_gradient[place] and whole.grad is not None:
                         incoming[rank].append(whole.grad[part])
-        for empty in self.empties:
+        for empty in self.empties if with_gradients else ():
             empty.grad = torch.empty_like(empty)
         return self.exchange.start(outgoing, incoming, {p.dtype for p in self._params})
 
@@ -344,9 +344,9 @@ class Owners:
                     found[place][name] = whole
         return found
 
-    def agree(self, is_refused: bool) -> bool:
-        """Whether any rank has refused something."""
-        return self.exchange.sums(torch.tensor([float(is_refused)], device=self.exchange.device))[0] > 0
+    def agree(self, flag: bool) -> bool:
+        """Whether something is so on any rank."""
+        return self.exchange.sums(torch.tensor([float(flag)], device=self.exchange.device))[0] > 0
 
 
 def _is_replica_of(p: Tensor, at: Sequence[int], to: Sequence[int]) -> bool:

@@ -10,7 +10,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lodo
 from lodo.state.owners import Owners
@@ -32,6 +35,13 @@ from tests.helpers.ranks import run
 EACH = ("sharded", "flat", "offloaded", "gathered", "full", "broadcast")
 
 
+def frozen_run():
+    """torch leaves the state of frozen parameters out of what it loads."""
+    model, _ = whole_run()
+    model[0].requires_grad_(False)
+    return model, lodo.AutoLODO(model.parameters(), sharding="whole")
+
+
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
@@ -43,6 +53,26 @@ EACH = ("sharded", "flat", "offloaded", "gathered", "full", "broadcast")
 )
 def test_they_resume_bit_for_bit(tmp_path, world, cases):
     run(world, resumed_in_all_ways, tmp_path, cases)
+
+
+def frozen_and_resumed(folder):
+    model, optimizer = frozen_run()
+    train(model, optimizer, 0, 6, own_share(model))
+    save(folder, model, optimizer)
+    for name in ("sharded", "trained only"):
+        other_model, other = frozen_run()
+        load(folder, other_model, other, **WAYS[name])
+        train(other_model, other, 6, 9, own_share(other_model))
+        if name == "sharded":
+            train(model, optimizer, 6, 9, own_share(model))
+        assert_same(*({key: whole(p) for key, p in each.named_parameters()} for each in (other_model, model)))
+        assert not other.is_at_averages
+        assert_same(*(each.state_dict()["state"][2]["momenta"].full_tensor() for each in (other, optimizer)))
+    return True
+
+
+def test_frozen_parameters_begin_anew_and_the_others_go_on(tmp_path):
+    assert run(2, frozen_and_resumed, tmp_path) == [True, True]
 
 
 def one_process_run():
@@ -129,6 +159,8 @@ def other_mode_run(folder, makers):
         assert_same(found[name]["average"], entry["average"])
         assert not found[name]["momentum"].any()
     train(other_model, other, 8, 12, own_share(other_model))
+    moved = contents(other_model, other)[0]
+    assert all(p.isfinite().all() and not torch.equal(p, parameters[name]) for name, p in moved.items())
     return other.skipped_steps
 
 
@@ -163,6 +195,30 @@ def test_a_state_saved_at_the_averages_has_the_iterates(tmp_path):
     assert run(4, averaged_run, tmp_path) == [True] * 4
 
 
+def other_mode_of_few():
+    """A rank that owns nothing does not see that state is of the other mode."""
+    mesh = init_device_mesh("cpu", (4,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(6, 2), mesh, [Shard(0)]))]
+    found = []
+    for sharding in ("local", "whole"):
+        optimizer = lodo.AutoLODO(params, sharding=sharding)
+        params[0].grad = torch.ones_like(params[0])
+        if found:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.load_state_dict(found[0])
+            assert len(caught) == 1
+        optimizer.step()
+        found.append(optimizer.state_dict())
+    return whole(params[0])
+
+
+def test_ranks_that_own_nothing_load_the_other_mode_too():
+    first, *others = run(4, other_mode_of_few)
+    assert first.isfinite().all()
+    assert_same(others, [first] * 3)
+
+
 def damaged_run():
     """One rank alone can see the damage, for it owns the tensor; all refuse, and nothing has changed."""
     model, optimizer = whole_run()
@@ -180,8 +236,7 @@ def damaged_run():
     optimizer.load_state_dict(saved)
     assert_same(contents(model, optimizer), before)
     optimizer.zero_grad()
-    twin = copy.deepcopy(optimizer)
-    assert twin.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert_same(contents(model, copy.deepcopy(optimizer))[1], before[1])
     return messages
 
 
