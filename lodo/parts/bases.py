@@ -59,7 +59,7 @@ def sides_of(shapes: Sequence[torch.Size]) -> list[list[Side]]:
     Those of all tensors with two dimensions and more, taken as (first, all others), that are longer than 1. Of the
     vectors only those of a small group of nothing but vectors: all biases and norms of a model are no such group.
     """
-    has_full = all(len(shape) < 2 for shape in shapes) and sum(shape.numel() for shape in shapes) <= LARGEST_VECTOR
+    has_full = vectors_have_bases(shapes)
     found: list[list[Side]] = []
     for shape in shapes:
         size, own = shape.numel(), []
@@ -70,6 +70,11 @@ def sides_of(shapes: Sequence[torch.Size]) -> list[list[Side]]:
             own = [Side(0, size, size)]
         found.append(own)
     return found
+
+
+def vectors_have_bases(shapes: Sequence[torch.Size]) -> bool:
+    """Whether a group is a small one of nothing but vectors, which then have full bases."""
+    return all(len(shape) < 2 for shape in shapes) and sum(shape.numel() for shape in shapes) <= LARGEST_VECTOR
 
 
 def numbers_of(shapes: Sequence[torch.Size]) -> list[int]:

@@ -368,22 +368,22 @@ class GroupState:
 
     def measure(self) -> Number:
         """The sum of squares of the gradient, in the unit that it calls for."""
-        if self.record is None:
-            return energy(self.gradient) if self.together is None else self._energy_of_all()
-        self.sizes = self.update.energies(self.gradient)
-        total: Number = stacked(self.sizes).sum() if any(map(is_tensor, self.sizes)) else sum(self.sizes)
-        if self.together is not None:
-            total = self._energy_of_all()
-        for part in self.parts:
+        if self.record is not None:
+            self.sizes = self.update.energies(self.gradient)
+        total = self._energy()
+        for part in self.parts if self.record is not None else ():
             total = part.normalize(total)
         return total
 
-    def _energy_of_all(self) -> Number:
-        assert self.together is not None
-        step = self.tensors["step"]
-        if scalars.is_readable(step):
-            return self.together.energy
-        return torch.tensor(self.together.energy, dtype=scalars.wide(step.device), device=step.device)
+    def _energy(self) -> Number:
+        """The sum of squares of the gradient, on all ranks that own a part of the group."""
+        if self.together is not None:
+            step = self.tensors["step"]
+            of_all = self.together.energy
+            return of_all if scalars.is_readable(step) else step.new_tensor(of_all, dtype=scalars.wide(step.device))
+        if self.record is None:
+            return energy(self.gradient)
+        return stacked(self.sizes).sum() if any(map(is_tensor, self.sizes)) else sum(self.sizes)
 
     def begin(self, group: Mapping[str, Any], active: Number) -> Context:
         """Counts the step that is to be taken on the gradient that `measure` was called for."""

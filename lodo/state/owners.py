@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lodo.declarations import Kind, Slot
 from lodo.parts.average import ITERATE
-from lodo.parts.bases import LARGEST_VECTOR, sides_of
+from lodo.parts.bases import sides_of, vectors_have_bases
 from lodo.scalars import Number
 from lodo.state.exchange import Exchange, Finish
 from lodo.state.flat import FlatParameters
@@ -71,11 +71,6 @@ def owners_of(shapes: Sequence[torch.Size], ranks: int, known: Mapping[int, int]
     return [found[place] for place in range(len(shapes))]
 
 
-def is_small(shapes: Sequence[torch.Size]) -> bool:
-    """Whether a group is one of vectors that have full bases (`lodo.parts.bases.sides_of`)."""
-    return all(len(shape) < 2 for shape in shapes) and sum(map(math.prod, shapes)) <= LARGEST_VECTOR
-
-
 def _placements(p: Tensor) -> "tuple[Placement, ...]":
     assert is_dtensor(p)
     return p.placements
@@ -112,7 +107,7 @@ class Owners:
         self.owners = owners_of(shapes, len(coordinates), kept)
         self.places = [place for place, owner in enumerate(self.owners) if owner == rank]
         wholes = [torch.zeros(shapes[place], dtype=params[place].dtype, device=device) for place in self.places]
-        shape = (0,) if is_small(shapes) else (0, 0)
+        shape = (0,) if vectors_have_bases(shapes) else (0, 0)
         dtypes = dict.fromkeys(p.dtype for p in params)
         self.empties = [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
         self.tensors = [*wholes, *self.empties]
@@ -246,9 +241,12 @@ class Owners:
     def scatter(self, all_of_them: bool = False) -> Finish:
         """Starts to bring the whole tensors back into the shards, those that had a gradient at the last `gather` of
         them, or all; what it returns waits for them."""
-        places = [place for place, has in enumerate(self._has_gradient) if has or all_of_them]
-        wholes = {place: whole for whole, place in zip(self.wholes, self.places, strict=True) if place in places}
-        shards = {place: local(self._params[place]) for place in places}
+        shards = {
+            place: local(p)
+            for place, (p, has) in enumerate(zip(self._params, self._has_gradient, strict=True))
+            if has or all_of_them
+        }
+        wholes = {place: whole for whole, place in zip(self.wholes, self.places, strict=True) if place in shards}
         return self._spread(wholes, shards, self._slices)
 
     def _spread(
